@@ -1,0 +1,219 @@
+"""The operators of LCTR: attention with its two maps (Eq. 4, RPAM) and the score-weighted dynamic convolution (Eq. 6).
+
+Each has three implementations: here in fast torch (any device), in rpam.py and cdm.py as fused Triton kernels, and in
+reference.py naively, straight from the equations. Triton runs for CUDA tensors, torch for all others, unless `backend` or
+`use_backend` says "triton" or "torch"; on CPU tensors Triton needs its interpreter (TRITON_INTERPRET=1).
+
+Tensors are float32, float16 or bfloat16 (float64 in torch only); sums accumulate in float32.
+
+Three identities make the torch paths fast:
+  class row    M^c needs row 0 of A only, so training runs fused attention and one extra query row.
+  pooled conv  the global average pool of a linear convolution is the convolution's kernel times k*k window sums of X:
+               mean_p sum_t W_t X[p+t] = sum_t W_t (mean_p X[p+t]). No class map is ever computed for logits.
+  asked only   a convolution's output channels are independent: maps of K classes need the kernels of these K alone.
+"""
+
+import contextlib
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["attention", "aggregate_attention", "dynamic_conv2d", "dynamic_conv_logits", "class_maps", "use_backend"]
+
+_backend: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None):
+    """Within the with-block every operator runs on `name`: "triton", "torch", or None for the choice by device."""
+    global _backend
+    outer, _backend = _backend, _known_backend(name)
+    try:
+        yield
+    finally:
+        _backend = outer
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, relation: bool = False, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """softmax(q k^T / sqrt d) v, with the maps that LCTR reads off the attention matrix A without holding it (Eq. 4, 5).
+
+    q, k, v: (B, S, N+1, d), any strides, the class token first.
+    Returns out (B, S, N+1, d), cls_attn M^c (B, N+1) and, where `relation` is set, M^r (B, N), else None.
+    The maps are float32 at least. relation=False is differentiable in both outputs; relation=True is for inference.
+    Raises ValueError for shapes, dtypes or devices that do not fit; RuntimeError where relation=True needs a gradient.
+    """
+    _check_attention(q, k, v)
+    if relation and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        raise RuntimeError("attention: relation=True has no gradient, but q, k or v requires one: "
+                           "call it under torch.no_grad(), or give a materialised A to aggregate_attention")
+    if _runs_triton(backend, q):
+        from . import rpam
+        return rpam.attention(q, k, v, relation)
+    scale = 1 / math.sqrt(q.shape[-1])
+    map_dtype = torch.promote_types(q.dtype, torch.float32)
+    row = (q[:, :, :1] @ k.transpose(-2, -1)).mul(scale).softmax(-1, dtype=map_dtype)  # (B, S, 1, N+1), row 0 of A
+    cls_attn = row.mean(1)  # (B, 1, N+1)
+    if not relation:
+        return F.scaled_dot_product_attention(q, k, v), cls_attn[:, 0], None
+
+    # M^r is linear in A, so heads are summed one after another: A exists for as many heads as fit a core's cache.
+    B, S, T, _ = q.shape
+    guide = cls_attn.expand(B, S, T)  # every head of an image is weighted by the image's M^c
+    heads = max(1, _CACHED_ELEMENTS // T**2)
+    out, relations = [], []
+    for q_, k_, v_, guide_ in zip(*(t.flatten(0, 1).split(heads) for t in (q, k, v, guide))):
+        attn = torch.baddbmm(q_.new_empty(()), q_, k_.transpose(1, 2), beta=0, alpha=scale).softmax(-1)  # (heads, T, T)
+        out.append(attn @ v_)
+        relations.append(guide_[:, None].to(attn.dtype) @ attn)  # (heads, 1, T): sum_i M^c[i] A[i, j]
+    patch_relation = torch.cat(relations).view(B, S, T).to(map_dtype).sum(1)[:, 1:] / (S * T)
+    return torch.cat(out).view_as(q), cls_attn[:, 0], patch_relation
+
+
+def aggregate_attention(attn: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """RPAM on a materialised attention (Fig. 3): both maps of attention() from A (B, S, N+1, N+1), read once.
+
+    Returns cls_attn M^c (B, N+1) and M^r (B, N) = (1/(N+1)) sum_i M^c[i] A'[i, 1+j], float32 at least, where A' is the
+    head mean and i runs over all N+1 rows. Differentiable. Raises ValueError for another shape or dtype.
+    """
+    if attn.ndim != 4 or attn.shape[2] != attn.shape[3] or attn.shape[2] < 2:
+        raise ValueError(f"attn: got shape {tuple(attn.shape)}, need (B, S, N+1, N+1) with N >= 1")
+    _check_dtypes(attn=attn)
+    if _runs_triton(backend, attn):
+        from . import rpam
+        return rpam.aggregate_attention(attn)
+    mean = attn.mean(1, dtype=torch.promote_types(attn.dtype, torch.float32))  # A' (B, N+1, N+1)
+    cls_attn = mean[:, 0]  # (B, N+1)
+    return cls_attn, (cls_attn[:, None] @ mean)[:, 0, 1:] / attn.shape[-1]
+
+
+def dynamic_conv2d(
+    x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None
+) -> Tensor:
+    """Eq. 6: image b of x is convolved with sum_g scores[b, g] weight[g], zero padding k // 2 -> (B, C, h, w).
+
+    x: (B, D, h, w), any strides. scores: (B, G). weight: (G, C, D, k, k), k 1 or 3. bias: (C) or None, not weighted.
+    Differentiable in all four. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    _check_conv(x, scores, weight, bias)
+    if _runs_triton(backend, x):
+        from . import cdm
+        return cdm.dynamic_conv2d(x, scores, weight, bias)
+    B, D, h, w = x.shape
+    _, C, _, k, _ = weight.shape
+    kernels = scores.to(x.dtype) @ weight.flatten(1)  # (B, C*D*k*k)
+    maps = F.conv2d(x.reshape(1, B * D, h, w), kernels.view(B * C, D, k, k), padding=k // 2, groups=B).view(B, C, h, w)
+    return maps if bias is None else maps + bias[:, None, None]
+
+
+def dynamic_conv_logits(
+    x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, pool: str = "gap", *, backend: str | None = None
+) -> Tensor:
+    """The global average pool of dynamic_conv2d -> logits (B, C), without computing it: arguments as there.
+
+    GAP(conv(x, W))[c] = sum_{d,u,v} W[c,d,u,v] P[d,u,v], where P[d,u,v] is the mean over the h*w places of the
+    zero-padded x[d] shifted by (u, v). pool="padded" averages the maps over 3 x 3 places (zero-padded) before the pool,
+    as the released code does. Differentiable in all four. Raises ValueError as dynamic_conv2d does.
+    """
+    _check_conv(x, scores, weight, bias)
+    if pool not in ("gap", "padded"):
+        raise ValueError(f'pool: got {pool!r}, need "gap" or "padded"')
+    if _runs_triton(backend, x):
+        from . import cdm
+        return cdm.dynamic_conv_logits(x, scores, weight, bias, pool)
+    G, C, _, k, _ = weight.shape
+    taps = window_weights(*x.shape[2:], k, pool, x)  # (h*w, k*k)
+    sums = x.flatten(2) @ taps  # P (B, D, k*k)
+    logits = (sums.flatten(1) @ weight.view(G * C, -1).T).view(-1, G, C)
+    logits = (scores.to(x.dtype)[:, :, None] * logits).sum(1)  # (B, C)
+    return logits if bias is None else logits + bias * taps[:, k * k // 2].sum()
+
+
+def window_weights(h: int, w: int, k: int, pool: str, like: Tensor) -> Tensor:
+    """(h*w, k*k): how much x at a place counts in each window sum P[d, u, v]; zero where the window misses the place."""
+
+    def axis(size: int) -> Tensor:  # (k, size): the pool's weight of the output place that tap u reads x[r] for
+        places = like.new_ones(size)
+        if pool == "padded":  # in how many of the three-wide averages an output place counts: 2/3 at an edge
+            places = F.avg_pool1d(places[None], 3, stride=1, padding=1)[0]
+        return F.pad(places / size, (k // 2, k // 2)).unfold(0, size, 1).flip(0)
+
+    return torch.einsum("uh,vw->hwuv", axis(h), axis(w)).reshape(h * w, k * k)
+
+
+def class_maps(
+    x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor, *, backend: str | None = None
+) -> Tensor:
+    """dynamic_conv2d at the asked classes only: classes (B, K) of class ids -> (B, K, h, w). Other arguments as there.
+
+    Raises ValueError as dynamic_conv2d does, and where classes is not an integer tensor of shape (B, K).
+    """
+    _check_conv(x, scores, weight, bias)
+    if classes.ndim != 2 or len(classes) != len(x) or classes.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"classes: got {classes.dtype} of shape {tuple(classes.shape)}, need int64 of ({len(x)}, K)")
+    if _runs_triton(backend, x):
+        from . import cdm
+        return cdm.class_maps(x, scores, weight, bias, classes)
+    B, D, h, w = x.shape
+    G, _, _, k, _ = weight.shape
+    scores = scores.to(x.dtype).view(B, G, 1, 1, 1, 1)
+    kernels = sum(scores[:, g] * weight[g, classes] for g in range(G))  # (B, K, D, k, k)
+    # Each place gives its product with every tap; fold adds them up where the taps, mirrored, point.
+    kernels = kernels.flip(3, 4).transpose(2, 1).reshape(B, D, -1)  # (B, D, K*k*k)
+    products = (x.flatten(2).transpose(1, 2) @ kernels).transpose(1, 2)  # (B, K*k*k, h*w)
+    maps = F.fold(products, (h, w), k, padding=k // 2)  # (B, K, h, w)
+    return maps if bias is None else maps + bias[classes][:, :, None, None]
+
+
+_CACHED_ELEMENTS = 2**18  # attention held at a time on a CPU: 1 MiB of float32, half a core's usual L2 cache
+
+
+def _known_backend(name: str | None) -> str | None:
+    if name not in (None, "triton", "torch"):
+        raise ValueError(f'backend: got {name!r}, need "triton", "torch" or None')
+    return name
+
+
+def _runs_triton(backend: str | None, tensor: Tensor) -> bool:
+    name = _known_backend(backend) or _backend or ("triton" if tensor.is_cuda else "torch")
+    if name == "triton" and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("backend: triton needs CUDA tensors, or TRITON_INTERPRET=1 set before python starts; got a CPU tensor")
+    return name == "triton"
+
+
+def _check_dtypes(**tensors: Tensor | None) -> None:
+    (first_name, first), *rest = ((name, t) for name, t in tensors.items() if t is not None)
+    if not first.is_floating_point():
+        raise ValueError(f"{first_name}: got {first.dtype}, need a floating point tensor")
+    for name, t in rest:
+        if t.dtype != first.dtype or t.device != first.device:
+            raise ValueError(f"{name}: got {t.dtype} on {t.device}, need {first.dtype} on {first.device} as {first_name}")
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or q.shape[2] < 2:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, need (B, S, N+1, d) with N >= 1")
+    for name, t in (("k", k), ("v", v)):
+        if t.shape != q.shape:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, need q's {tuple(q.shape)}")
+    _check_dtypes(q=q, k=k, v=v)
+
+
+def _check_conv(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, need (B, D, h, w)")
+    B, D = x.shape[:2]
+    if weight.ndim != 5 or weight.shape[2] != D or weight.shape[3:] not in ((1, 1), (3, 3)):
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, need (G, C, {D}, k, k) with k 1 or 3")
+    G, C = weight.shape[:2]
+    if scores.shape != (B, G):
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}, need ({B}, {G})")
+    if bias is not None and bias.shape != (C,):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, need ({C},)")
+    if not scores.is_floating_point() or scores.device != x.device:
+        raise ValueError(f"scores: got {scores.dtype} on {scores.device}, need floating point on {x.device}")
+    _check_dtypes(x=x, weight=weight, bias=bias)
