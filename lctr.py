@@ -1,0 +1,448 @@
+"""LCTR: Local Continuity Transformer for weakly supervised object localisation (Chen et al., AAAI 2022), in one file.
+
+Reading order is the paper's: tokens (Eq. 1), attention and its two maps (Eq. 4, RPAM, Eq. 5), the cue digging module
+(Eq. 6), the localisation map (Eq. 3), and last how weights are loaded. Shapes are written with the paper's symbols:
+
+    B images    h x w = N patches (row-major), N+1 tokens with the class token first
+    D embed_dim    S num_heads    L depth    C classes    G kernels of size k x k    K asked classes
+
+Whatever costs time goes through `kernels`: Triton on CUDA, torch elsewhere, each beside a naive twin.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+
+ARCHITECTURES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}  # DeiT-Ti/S/B: D, L, S
+COUPLINGS = ("none", "cls", "relation", "cls-only", "relation-only")
+
+
+# ---------------------------------------------------------------- the vision transformer
+
+
+class AttentionMaps(NamedTuple):
+    """What one block's attention tells; None where it was not asked for."""
+
+    cls: Tensor  # M_l^c (B, N+1): the class token's row of A_l, head mean
+    relation: Tensor | None  # M_l^r (B, N): all rows of A_l's patch columns, weighted by M_l^c, head and row mean
+    full: Tensor | None  # A_l (B, S, N+1, N+1)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into P x P patches and projects each linearly: F(x_p) of Eq. 1."""
+
+    def __init__(self, patch_size: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, 3, H, W) -> (B, D, h, w) -> (B, N, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that returns its maps as data."""
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor, attention: str) -> tuple[Tensor, AttentionMaps]:
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, S, N+1, D/S)
+        if attention == "full":
+            attn = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
+            out = attn @ v
+            maps = AttentionMaps(*kernels.aggregate_attention(attn), attn)
+        else:
+            out, cls_attn, relation = kernels.attention(q, k, v, relation=attention == "relation")
+            maps = AttentionMaps(cls_attn, relation, None)
+        return self.proj(out.transpose(1, 2).reshape(B, T, D)), maps
+
+
+class Mlp(nn.Module):
+    def __init__(self, embed_dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+
+    def forward(self, x: Tensor, attention: str, keep: Tensor | None) -> tuple[Tensor, AttentionMaps]:
+        """x (B, N+1, D); keep (B, 2) scales each image's two residual branches (stochastic depth), None for neither."""
+        update, maps = self.attn(self.norm1(x), attention)
+        x = x + (update if keep is None else update * keep[:, 0, None, None])
+        update = self.mlp(self.norm2(x))
+        return x + (update if keep is None else update * keep[:, 1, None, None]), maps
+
+
+class VisionTransformer(nn.Module):
+    """A ViT / DeiT whose blocks return their attention. Parameter names are timm's.
+
+    img_size: int or (height, width) in pixels, a multiple of patch_size. drop_path: stochastic depth's rate in the last
+    block, growing linearly from 0 in the first. Raises ValueError for sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if any(side % patch_size or side < 1 for side in self.img_size):
+            raise ValueError(f"img_size: got {img_size}, need multiples of patch_size {patch_size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, need a divisor of embed_dim {embed_dim}")
+        self.grid = (self.img_size[0] // patch_size, self.img_size[1] // patch_size)  # (h, w)
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
+
+        self.apply(init_linear)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward_features(
+        self, images: Tensor, attention: str = "cls", depth_noise: Tensor | None = None
+    ) -> tuple[Tensor, list[AttentionMaps]]:
+        """images (B, 3, H, W), ImageNet-normalised -> tokens X_L (B, N+1, D) after the final norm, L AttentionMaps.
+
+        attention: "cls" gives M^c alone; "relation" M^c and M^r for inference, never holding A; "full" A and both maps.
+        depth_noise: uniform numbers (B, L, 2) that decide which residual branches stochastic depth drops in training;
+        drawn here where not given. Raises ValueError for images of another size.
+        """
+        if images.shape[1:] != (3, *self.img_size):
+            raise ValueError(f"images: got shape {tuple(images.shape)}, need (B, 3, {self.img_size[0]}, {self.img_size[1]})")
+        if attention not in ("cls", "relation", "full"):
+            raise ValueError(f'attention: got {attention!r}, need "cls", "relation" or "full"')
+        B = len(images)
+        x = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(images)], 1)  # (B, N+1, D)
+        x = x + self.pos_embed  # Eq. 1: X_1 (B, N+1, D)
+        keep = self.stochastic_depth(B, depth_noise)  # (B, L, 2) or None
+        maps = []
+        for l, block in enumerate(self.blocks):
+            x, block_maps = block(x, attention, None if keep is None else keep[:, l])
+            maps.append(block_maps)
+        return self.norm(x), maps
+
+    def stochastic_depth(self, batch: int, noise: Tensor | None) -> Tensor | None:
+        """(B, L, 2): 0 where an image's residual branch is dropped, else 1 / P(kept); None where nothing ever is."""
+        if not self.training or self.drop_rates[-1] == 0:
+            return None
+        rates = self.pos_embed.new_tensor(self.drop_rates)[:, None]  # (L, 1)
+        if noise is None:
+            noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
+        return (noise >= rates) / (1 - rates)
+
+
+def init_linear(module: nn.Module) -> None:
+    """ViT's initialisation of linear layers."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# ---------------------------------------------------------------- the cue digging module
+
+
+class CDM(nn.Module):
+    """Cue digging module: G kernels mixed by how much each image's un-attended features call for them (Eq. 6).
+
+    scorer (Table 5): which pool of the cues feeds which linear layer. "gap", "gmp": that pool alone; "shared": one layer
+    on their sum; "separate", the paper's: a layer for each, added.
+    erase: "raw" reverses M~c as it is (about 1/N, so little is erased); "minmax" stretches it to [0, 1] per image first.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int, num_kernels: int, kernel_size: int, scorer: str, erase: str):
+        super().__init__()
+        self.scorer, self.erase = scorer, erase
+        self.conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
+        if scorer != "gmp":
+            self.score_avg = nn.Linear(embed_dim, num_kernels)
+        if scorer in ("gmp", "separate"):
+            self.score_max = nn.Linear(embed_dim, num_kernels)
+        self.weight = nn.Parameter(torch.empty(num_kernels, num_classes, embed_dim, kernel_size, kernel_size))  # W_g^e
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+        self.apply(init_linear)
+        nn.init.zeros_(self.conv.bias)
+        for kernel in self.weight:  # one by one: each convolution's own fan-in is D * k * k
+            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+
+    def forward(self, features: Tensor, cls_map: Tensor) -> Tensor:
+        """features X_L (B, D, h, w), cls_map M~c (B, h, w) -> scores S_g (B, G) in (0, 1)."""
+        if self.erase == "minmax":
+            low, high = cls_map.amin((1, 2), True), cls_map.amax((1, 2), True)  # (B, 1, 1)
+            cls_map = (cls_map - low) / (high - low).clamp_min(torch.finfo(cls_map.dtype).tiny)
+        cues = self.conv(features * (1 - cls_map)[:, None])  # X~_L (B, D, h, w)
+        gap, gmp = cues.mean((2, 3)), cues.amax((2, 3))  # (B, D)
+        if self.scorer == "gap":
+            return self.score_avg(gap).sigmoid()
+        if self.scorer == "gmp":
+            return self.score_max(gmp).sigmoid()
+        if self.scorer == "shared":
+            return self.score_avg(gap + gmp).sigmoid()
+        return (self.score_avg(gap) + self.score_max(gmp)).sigmoid()
+
+
+# ---------------------------------------------------------------- LCTR
+
+
+class Localization(NamedTuple):
+    """What LCTR.localize returns; fuse() makes the localisation map of it."""
+
+    logits: Tensor  # (B, C)
+    classes: Tensor  # (B, K): the class ids that the maps belong to
+    class_maps: Tensor | None  # M_CDM (B, K, h, w), as convolved: before any ReLU; None on a "token" head
+    cls_map: Tensor  # M~_*^c (B, h, w): mean class-token attention of the L blocks
+    relation_map: Tensor  # M_*^r (B, h, w): mean patch relation of the L blocks
+
+
+class LCTR(VisionTransformer):
+    """A vision transformer with one of three heads on its final tokens; trained with image labels, it localises.
+
+    head: "cdm" is LCTR; "conv" is the TS-CAM baseline, one static convolution; "token" is plain DeiT, a linear layer on
+    the class token, without class maps. pool: "gap" is the paper's; "padded" averages class maps over 3 x 3 places first,
+    as the released code does. num_kernels is Table 6, kernel_size (1 or 3) Table 7, scorer Table 5, erase see CDM.
+    Raises ValueError for a switch that does not exist or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        embed_dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        head: str = "cdm",
+        num_kernels: int = 4,
+        kernel_size: int = 3,
+        scorer: str = "separate",
+        erase: str = "raw",
+        pool: str = "gap",
+    ):
+        for name, value, allowed in (
+            ("head", head, ("cdm", "conv", "token")),
+            ("kernel_size", kernel_size, (1, 3)),
+            ("scorer", scorer, ("separate", "shared", "gap", "gmp")),
+            ("erase", erase, ("raw", "minmax")),
+            ("pool", pool, ("gap", "padded")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: got {value!r}, need one of {', '.join(map(str, allowed))}")
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path)
+        self.pool = pool
+        if head == "cdm":
+            self.cdm = CDM(embed_dim, num_classes, num_kernels, kernel_size, scorer, erase)
+        elif head == "conv":
+            self.head = nn.Conv2d(embed_dim, num_classes, kernel_size, padding=kernel_size // 2)
+            nn.init.zeros_(self.head.bias)
+        else:
+            self.classifier = nn.Linear(embed_dim, num_classes)
+            init_linear(self.classifier)
+
+    def forward(self, images: Tensor, depth_noise: Tensor | None = None) -> Tensor:
+        """images (B, 3, H, W) -> logits (B, C), whose cross-entropy is Eq. 2. depth_noise: see forward_features."""
+        tokens, maps = self.forward_features(images, "cls", depth_noise)
+        if hasattr(self, "classifier"):
+            return self.classifier(tokens[:, 0])
+        features = self.on_grid(tokens[:, 1:])
+        convolution = self.convolution(features, self.on_grid(mean_over_blocks(maps, "cls")[:, 1:]))
+        return kernels.dynamic_conv_logits(features, *convolution, self.pool)
+
+    @torch.no_grad()
+    def localize(self, images: Tensor, classes: Tensor | str | None = None) -> Localization:
+        """images (B, 3, H, W) -> logits and the maps that localise (paper: "During testing").
+
+        classes: (B, K) ids of the classes whose maps are computed; None for the predicted class, K = 1; "all" for all.
+        """
+        tokens, maps = self.forward_features(images, "relation")
+        cls_map = self.on_grid(mean_over_blocks(maps, "cls")[:, 1:])  # M~_*^c (B, h, w)
+        relation_map = self.on_grid(mean_over_blocks(maps, "relation"))  # Eq. 5: M_*^r (B, h, w)
+        if hasattr(self, "classifier"):
+            logits = self.classifier(tokens[:, 0])
+        else:
+            features = self.on_grid(tokens[:, 1:])
+            convolution = self.convolution(features, cls_map)
+            logits = kernels.dynamic_conv_logits(features, *convolution, self.pool)
+        if classes is None:
+            ids = logits.argmax(1, keepdim=True)
+        elif isinstance(classes, str):
+            if classes != "all":
+                raise ValueError(f'classes: got {classes!r}, need class ids (B, K), None or "all"')
+            ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        else:
+            ids = classes
+        if hasattr(self, "classifier"):
+            class_maps = None
+        elif isinstance(classes, str):
+            class_maps = kernels.dynamic_conv2d(features, *convolution)
+        else:
+            class_maps = kernels.class_maps(features, *convolution, ids)
+        return Localization(logits, ids, class_maps, cls_map, relation_map)
+
+    def convolution(self, features: Tensor, cls_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The head as Eq. 6's operands: scores (B, G), kernels (G, C, D, k, k), bias (C); a static head has one kernel."""
+        if hasattr(self, "cdm"):
+            return self.cdm(features, cls_map), self.cdm.weight, self.cdm.bias
+        return features.new_ones(len(features), 1), self.head.weight[None], self.head.bias
+
+    def on_grid(self, patches: Tensor) -> Tensor:
+        """(B, N) -> (B, h, w) or (B, N, D) -> (B, D, h, w), as views."""
+        return patches.unflatten(1, self.grid) if patches.ndim == 2 else patches.mT.unflatten(2, self.grid)
+
+
+def mean_over_blocks(maps: list[AttentionMaps], name: str) -> Tensor:
+    """(1/L) sum_l M_l of Eq. 5, for M^c ("cls") or M^r ("relation")."""
+    return torch.stack([getattr(block, name) for block in maps]).mean(0)
+
+
+def fuse(localization: Localization, coupling: str = "relation") -> Tensor:
+    """Localisation maps (B, K, h, w) of localize()'s K classes, before resizing and thresholds.
+
+    "relation": ReLU(class map) * M^r, LCTR's Eq. 3. "cls": ReLU(class map) * M~c, TS-CAM's. "none": ReLU(class map), CAM's.
+    "relation-only", "cls-only": the attention map alone, the same for every class. Raises ValueError for another coupling,
+    and where a "token" head has no class maps.
+    """
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling: got {coupling!r}, need one of {', '.join(COUPLINGS)}")
+    B, K = localization.classes.shape
+    attention_map = localization.relation_map if coupling.startswith("relation") else localization.cls_map
+    if coupling.endswith("-only"):
+        return attention_map[:, None].expand(B, K, -1, -1)
+    if localization.class_maps is None:
+        raise ValueError(f'coupling: got {coupling!r}, but a "token" head has no class maps: need "cls-only" or "relation-only"')
+    class_maps = localization.class_maps.relu()
+    return class_maps if coupling == "none" else class_maps * attention_map[:, None]  # Eq. 3: M^fuse
+
+
+# ---------------------------------------------------------------- weights from files
+
+
+class LoadReport(NamedTuple):
+    """Which parameters load_pretrained took from the file as they are, which resized, which stay new, what it ignored."""
+
+    loaded: list[str]
+    resized: list[str]
+    new: list[str]
+    ignored: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"  {name:8} {len(keys):3}  {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+            for name, keys in self._asdict().items() if keys
+        )
+
+
+def load_pretrained(model: VisionTransformer, path: str) -> LoadReport:
+    """Loads the backbone of a DeiT / timm ViT state dict by name, in any float dtype; heads stay new.
+
+    pos_embed is resized bicubically to the model's grid. Raises ValueError, naming the file, where it cannot be read,
+    where a parameter has another shape (named) or is not finite, and where nothing of the backbone matches.
+    """
+    state = read_weights(path)
+    state = state.get("model", state.get("state_dict", state))
+    return load_backbone(model, state, path)
+
+
+def load_backbone(model: VisionTransformer, state: dict[str, Tensor], source: str) -> LoadReport:
+    """Copies the backbone's parameters from a state dict that `source` names in errors."""
+    own = model.state_dict()
+    backbone = [key for key in own if not key.startswith(("cdm.", "head.", "classifier."))]
+    report = LoadReport([], [], [key for key in own if key not in backbone], [k for k in state if k not in backbone])
+    update = {}
+    for key in backbone:
+        value = state.get(key)
+        if value is None:
+            report.new.append(key)
+            continue
+        if not isinstance(value, Tensor) or not value.isfinite().all():
+            raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
+        value, size = value.float(), tuple(value.shape)
+        if key == "pos_embed" and value.ndim == 3 and size != own[key].shape:
+            value = resize_pos_embed(value, model.grid)
+        if value.shape != own[key].shape:
+            raise ValueError(f"{source}: {key}: found shape {size}, need {tuple(own[key].shape)}")
+        (report.loaded if size == own[key].shape else report.resized).append(key)
+        update[key] = value
+    if not update:
+        raise ValueError(f"{source}: no parameter of a ViT backbone (cls_token, blocks.0.attn.qkv.weight, ...) among "
+                         f"its {len(state)} keys")
+    model.load_state_dict(update, strict=False)
+    return report
+
+
+def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Bicubic resize of the patch part of (1, 1 + n*n, D) to the grid (h, w) -> (1, 1 + h*w, D)."""
+    cls_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    if side * side != patches.shape[1]:
+        return pos_embed
+    patches = patches.mT.unflatten(2, (side, side))  # (1, D, n, n)
+    patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)  # (1, D, h, w)
+    return torch.cat([cls_token, patches.flatten(2).mT], 1)
+
+
+def read_weights(path: str) -> dict:
+    """The dict in a torch file, read without running anything that the file holds. Raises ValueError naming the file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # a damaged file fails in many ways inside torch; all mean the same to its owner
+        raise ValueError(f"{path}: not a file of weights that torch can read without running code "
+                         f"({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found a {type(content).__name__}, need a state dict or a checkpoint")
+    return content
+
+
+MODEL_FLAGS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path", "head", "num_kernels",
+               "kernel_size", "scorer", "erase", "pool")
+
+
+def load_checkpoint(path: str) -> tuple[LCTR, dict]:
+    """The model of a checkpoint that train.py wrote, in eval mode, and the checkpoint. Raises ValueError naming the file."""
+    checkpoint = read_weights(path)
+    missing = [key for key in ("model", "config", "classes") if key not in checkpoint]
+    if missing:
+        raise ValueError(f"{path}: no {', '.join(missing)} in it: need a checkpoint that train.py wrote")
+    try:
+        config = checkpoint["config"]
+        model = LCTR(len(checkpoint["classes"]), **{flag: config[flag] for flag in MODEL_FLAGS})
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path}: its weights do not fit its own config: {reason}") from None
+    return model.eval(), checkpoint
