@@ -124,7 +124,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.drop_rates = torch.linspace(0, drop_path, depth).tolist()
+        self.drop_rates = [drop_path * l / max(1, depth - 1) for l in range(depth)]
 
         self.apply(init_linear)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
