@@ -163,18 +163,27 @@ PALETTES = [(0.07, 0.55, 0.45), (0.10, 0.35, 0.70), (0.58, 0.25, 0.50), (0.22, 0
             (0.05, 0.50, 0.30), (0.50, 0.30, 0.40), (0.95, 0.25, 0.55)]                                          # HSV
 PALETTE_CUE = 0.75                                          # share of birds whose palette is their species' own
 SUPERSAMPLING = 3
+
 _ANGLES = np.linspace(0, 2 * math.pi, 28, endpoint=False)
-CIRCLE = np.stack((np.cos(_ANGLES), np.sin(_ANGLES)), 1)
+
+
+def _superellipse(power):
+    circle = np.stack((np.cos(_ANGLES), np.sin(_ANGLES)), 1)        # (28, 2), clockwise from the right, since y is down
+    return np.sign(circle) * np.abs(circle) ** (2 / power)
+
+
+CIRCLE, LEAF = _superellipse(2), _superellipse(1.4)
+WING = CIRCLE * np.stack((np.where(CIRCLE[:, 0] < 0, 1.45, 1), 0.75 + 0.35 * CIRCLE[:, 0]), 1)     # a drop, its tip at the left
 
 
 def _hsv(h, s, v):
     return tuple(int(255 * c) for c in colorsys.hsv_to_rgb(h % 1, min(s, 1), min(v, 1)))
 
 
-def _ellipse(x, y, a, b, angle=0.0, power=2.0):
-    points = CIRCLE if power == 2 else np.sign(CIRCLE) * np.abs(CIRCLE) ** (2 / power)
+def _turned(shape, x, y, a, b, angle=0.0):
+    """A unit shape (n, 2) stretched by (a, b), turned and moved to (x, y)."""
     c, s = math.cos(angle), math.sin(angle)
-    return points @ np.array([[a * c, a * s], [-b * s, b * c]]) + (x, y)
+    return shape @ np.array([[a * c, a * s], [-b * s, b * c]]) + (x, y)
 
 
 def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
@@ -201,7 +210,7 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     # pose: tilt, facing, scale, place; the bird never leaves the picture
     tilt, facing = u(-0.5, 0.5), -1 if u(0, 1) < 0.5 else 1
     c, s = math.cos(tilt), math.sin(tilt)
-    points = np.concatenate([p for p, _ in shapes]) @ np.array([[facing * c, s], [-facing * s, c]])
+    points = np.concatenate([points for points, _ in shapes]) @ np.array([[facing * c, s], [-facing * s, c]])
     low, extent = points.min(0), np.ptp(points, axis=0)
     scale = (u(0.5, 0.85) * np.array(canvas.size) / extent).min()
     corner = (canvas.size - scale * extent) * (u(0.02, 0.98), u(0.02, 0.98))
@@ -241,82 +250,85 @@ def _draw_clutter(draw, u, width, height):
     for _ in range(int(u(3, 8))):
         kind, x, y = u(0, 1), u(0, width), u(0, height)
         if kind < 0.3:
-            steps = np.cumsum([(u(-0.25, 0.35), u(-0.25, 0.25)) for _ in range(4)], axis=0) * n * 0.5 + (x, y)
-            colour = _hsv(u(0.05, 0.12), u(0.2, 0.6), u(0.2, 0.5))
-            draw.line(steps.ravel().tolist(), colour, width=int(u(0.012, 0.035) * n), joint="curve")
-            continue
-        if kind < 0.65:
-            shape = _ellipse(x, y, u(0.06, 0.16) * n, u(0.03, 0.06) * n, u(0, 6.28), power=1.4)
-            colour = _hsv(u(0.1, 0.42), u(0.25, 0.7), u(0.25, 0.75))
+            angle, line = u(0, 6.28), [x, y]
+            for _ in range(3):
+                angle += u(-0.9, 0.9)
+                x, y = x + u(0.05, 0.18) * n * math.cos(angle), y + u(0.05, 0.18) * n * math.sin(angle)
+                line += x, y
+            draw.line(line, _hsv(u(0.05, 0.12), u(0.2, 0.6), u(0.2, 0.5)), int(u(0.012, 0.035) * n), joint="curve")
+        elif kind < 0.65:
+            leaf = _turned(LEAF, x, y, u(0.06, 0.16) * n, u(0.03, 0.06) * n, u(0, 6.28))
+            h, s, v = u(0.1, 0.42), u(0.25, 0.7), u(0.25, 0.75)
+            draw.polygon(leaf.ravel().tolist(), _hsv(h, s, v))
+            draw.line((*leaf[0], *leaf[14]), _hsv(h, s, v * 0.7), int(0.008 * n))
         elif kind < 0.82:
-            shape = _ellipse(x, y, u(0.05, 0.16) * n, u(0.04, 0.1) * n, u(0, 3), power=u(1.8, 3))
-            colour = _hsv(u(0, 1), u(0, 0.25), u(0.25, 0.8))
+            stone = _turned(_superellipse(u(1.8, 3)), x, y, u(0.05, 0.16) * n, u(0.04, 0.1) * n, u(0, 3))
+            draw.polygon(stone.ravel().tolist(), _hsv(u(0, 1), u(0, 0.25), u(0.25, 0.8)))
         else:
             radius, (h, s, v) = u(0.025, 0.055) * n, DECOYS[int(u(0, len(DECOYS)))]
-            shape = _ellipse(x, y, radius, radius)
-            colour = _hsv(h + u(-0.03, 0.03), s * u(0.8, 1), v * u(0.8, 1))
-        draw.polygon(shape.ravel().tolist(), colour)
+            berry = _turned(CIRCLE, x, y, radius, radius)
+            draw.polygon(berry.ravel().tolist(), _hsv(h + u(-0.03, 0.03), s * u(0.8, 1), v * u(0.8, 1)))
 
 
 def _bird(u, label, palette):
     """The bird as [(polygon, colour), ...] from back to front; x forward, y down, the body 2 long and centred at 0."""
-    mark, (h, s, v) = MARKS[label // len(HUES)], list(HUES.values())[label % len(HUES)]
+    h, s, v = list(HUES.values())[label % len(HUES)]
     hue, dark = _hsv(h + u(-0.025, 0.025), s * u(0.85, 1.1), v * u(0.85, 1.1)), _hsv(0, 0, u(0.03, 0.15))
     h, s, v = PALETTES[palette]
     h, s, v = h + u(-0.03, 0.03), s * u(0.7, 1.3), v * u(0.8, 1.25)
+    coat, shade, light, legs = _hsv(h, s, v), _hsv(h, s, v * 0.7), _hsv(h, s * 0.5, v * 1.35), _hsv(0.08, 0.5, 0.25)
+    deep, power = u(0.5, 0.72), u(1.8, 2.4)                                     # body: half height, squareness
+    x, y, r = u(0.78, 0.98), -u(0.25, 0.5), u(0.36, 0.44)                       # head: centre, radius
     shapes = []
 
-    def add(points, colour):
-        shapes.append((np.asarray(points, float), colour))
+    def add(colour, *points):
+        shapes.append((np.concatenate([np.reshape(p, (-1, 2)) for p in points]), colour))
 
-    deep, power = u(0.5, 0.72), u(1.8, 2.4)                                     # body: half height, squareness
-    r, x, y = u(0.36, 0.44), u(0.78, 0.98), -u(0.25, 0.5)                       # head: radius, centre
+    hip, down = u(-0.15, 0.15), deep + u(0.25, 0.5)
+    for leg in (hip - 0.12, hip + 0.18):
+        foot = leg + 0.12
+        add(legs, (leg - 0.03, deep * 0.8), (leg + 0.03, deep * 0.8), (foot + 0.03, down - 0.05), (foot + 0.16, down),
+            (foot - 0.1, down), (foot - 0.03, down - 0.05))
+    tip, spread, droop, fork = -0.95 - u(0.3, 0.7), u(0.16, 0.34), u(-0.4, 0.2), u(0, 0.35)
+    notch = -0.95 + (tip + 0.95) * (1 - fork)
+    add(shade, (-0.7, -0.16), (tip, droop - spread), (notch, droop), (tip, droop + spread), (-0.7, 0.16))
+    add(coat, (-0.7, -0.16), (tip, droop - spread), (tip + 0.06, droop - spread * 0.5), (-0.7, 0))
 
-    foot, step = u(-0.15, 0.15), u(0.25, 0.5)
-    for leg in (foot - 0.12, foot + 0.18):
-        ankle = leg + 0.12, deep + step
-        add([(leg - 0.03, deep * 0.8), (leg + 0.03, deep * 0.8), (ankle[0] + 0.03, ankle[1]), (ankle[0] - 0.03, ankle[1])],
-            _hsv(0.08, 0.5, 0.25))
-    length, spread, droop, fork = u(0.3, 0.7), u(0.16, 0.34), u(-0.4, 0.2), u(0, 0.35)
-    add([(-0.7, -0.14), (-0.95 - length, droop - spread), (-0.95 - length * (1 - fork), droop),
-         (-0.95 - length, droop + spread), (-0.7, 0.14)], _hsv(h, s, v * 0.75))
-
-    body = _ellipse(0, 0, 1, deep, power=power)
-    add(body, _hsv(h, s, v))
-    belly = body.copy()
-    belly[:, 1] = np.maximum(belly[:, 1], deep * 0.35)
-    add(belly, _hsv(h, s * 0.5, v * 1.35))
+    body = _superellipse(power) * (1, deep)
+    add(coat, body)
+    add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6), (0.75, deep * 0.55), (-0.35, -deep * 0.9))     # neck
+    add(light, body[1:14], body[13:0:-1] * (1, 0.25))                           # belly
     plumage = u(0, 1)
     if plumage < 0.35:                                                          # striped, spotted or plain
-        pitch = u(0.22, 0.34)
-        for i in range(int(1.8 / pitch)):
-            a = -0.9 + i * pitch
-            b = a + 0.09
-            top = [-deep * 0.97 * (1 - abs(t) ** power) ** (1 / power) for t in (a, b)]
-            add([(a, top[0]), (b, top[1]), (b, -top[1]), (a, -top[0])], _hsv(h, s, v * 0.65))
+        pitch, lean = u(0.22, 0.34), u(0, 0.12)
+        for a in np.arange(-0.85, 0.7, pitch).tolist():
+            half = deep * 0.97 * (1 - max(abs(a), abs(a + 0.09 + lean)) ** power) ** (1 / power)
+            add(shade, (a, -half), (a + 0.09, -half), (a + 0.09 + lean, half), (a + lean, half))
     elif plumage < 0.7:
+        spot = _hsv(h, s * 0.6, v * 1.4)
         for _ in range(14):
-            q = u(0.04, 0.08)
-            add(_ellipse(u(-0.7, 0.6), u(-0.5, 0.5) * deep, q, q), _hsv(h, s * 0.6, v * 1.4))
-    add(_ellipse(u(-0.25, -0.05), u(-0.1, 0.05), u(0.5, 0.62), deep * u(0.5, 0.65), u(-0.25, 0.3)),
-        _hsv(h + 0.02, s, v * u(0.6, 0.8)))
+            a, size = u(-0.8, 0.6), u(0.04, 0.08)
+            add(spot, _turned(CIRCLE, a, u(-0.85, 0.85) * deep * (1 - a * a) ** 0.5, size, size))
+    wing = _turned(WING, u(-0.2, 0), u(-0.15, 0), u(0.5, 0.62), deep * u(0.5, 0.65), u(-0.25, 0.3))
+    add(_hsv(h + 0.02, s, v * u(0.6, 0.75)), wing)
+    add(_hsv(h + 0.02, s, v * 0.45), wing[11:18])
 
-    add([(x + r * 0.8, y - r * 0.35), (x + r + u(0.15, 0.4), y + u(-0.05, 0.15)), (x + r * 0.8, y + r * 0.4)],
-        _hsv(0.11, 0.6, 0.8))
-    head = _ellipse(x, y, r, r)
-    add(head, hue)
+    add(_hsv(0.11, 0.6, 0.8), (x + r * 0.8, y - r * 0.35), (x + r + u(0.15, 0.4), y + u(-0.05, 0.15)), (x + r * 0.8, y + r * 0.4))
+    head = _turned(CIRCLE, x, y, r, r)
+    add(hue, head)
+    mark = MARKS[label // len(HUES)]
     if mark == "cap":
-        add(np.stack((head[:, 0], np.minimum(head[:, 1], y - r * 0.1)), 1), dark)
+        add(dark, np.stack((head[:, 0], np.minimum(head[:, 1], y - r * 0.1)), 1))
     elif mark == "ring":
-        add(_ellipse(x, y, r * 0.66, r * 0.66), dark)
-        add(_ellipse(x, y, r * 0.34, r * 0.34), hue)
+        add(dark, _turned(CIRCLE, x, y, r * 0.66, r * 0.66))
+        add(hue, _turned(CIRCLE, x, y, r * 0.34, r * 0.34))
     else:
         for centre in (-0.45, 0.3):
             a, b, half = x + (centre - 0.14) * r, x + (centre + 0.14) * r, math.sqrt(1 - (abs(centre) + 0.12) ** 2) * r
-            add([(a, y - half), (b, y - half), (b, y + half), (a, y + half)], dark)
+            add(dark, (a, y - half), (b, y - half), (b, y + half), (a, y + half))
     if mark != "ring":
-        add(_ellipse(x + 0.02 * r, y + 0.12 * r, 0.16 * r, 0.16 * r), (250, 250, 250))
-        add(_ellipse(x + 0.04 * r, y + 0.12 * r, 0.08 * r, 0.08 * r), (0, 0, 0))
+        add((250, 250, 250), _turned(CIRCLE, x + 0.02 * r, y + 0.12 * r, 0.16 * r, 0.16 * r))
+        add((0, 0, 0), _turned(CIRCLE, x + 0.04 * r, y + 0.12 * r, 0.08 * r, 0.08 * r))
     return shapes
 
 
