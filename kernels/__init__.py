@@ -48,12 +48,13 @@ def attention(
     Raises ValueError for shapes, dtypes or devices that do not fit; RuntimeError where relation=True needs a gradient.
     """
     _check_attention(q, k, v)
+    on_triton = _runs_triton(backend, q=q)
     if relation and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise RuntimeError("attention: relation=True has no gradient, but q, k or v requires one: "
                            "call it under torch.no_grad(), or give a materialised A to aggregate_attention")
-    if _runs_triton(backend, q):
+    if relation and on_triton:
         from . import rpam
-        return rpam.attention(q, k, v, relation)
+        return rpam.attention_relation(q, k, v)
     scale = 1 / math.sqrt(q.shape[-1])
     map_dtype = torch.promote_types(q.dtype, torch.float32)
     row = (q[:, :, :1] @ k.transpose(-2, -1)).mul(scale).softmax(-1, dtype=map_dtype)  # (B, S, 1, N+1), row 0 of A
@@ -83,7 +84,7 @@ def aggregate_attention(attn: Tensor, *, backend: str | None = None) -> tuple[Te
     if attn.ndim != 4 or attn.shape[2] != attn.shape[3] or attn.shape[2] < 2:
         raise ValueError(f"attn: got shape {tuple(attn.shape)}, need (B, S, N+1, N+1) with N >= 1")
     _check_dtypes(attn=attn)
-    if _runs_triton(backend, attn):
+    if _runs_triton(backend, attn=attn):
         from . import rpam
         return rpam.aggregate_attention(attn)
     mean = attn.mean(1, dtype=torch.promote_types(attn.dtype, torch.float32))  # A' (B, N+1, N+1)
@@ -100,7 +101,7 @@ def dynamic_conv2d(
     Differentiable in all four. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check_conv(x, scores, weight, bias)
-    if _runs_triton(backend, x):
+    if _runs_triton(backend, x=x):
         from . import cdm
         return cdm.dynamic_conv2d(x, scores, weight, bias)
     B, D, h, w = x.shape
@@ -122,15 +123,18 @@ def dynamic_conv_logits(
     _check_conv(x, scores, weight, bias)
     if pool not in ("gap", "padded"):
         raise ValueError(f'pool: got {pool!r}, need "gap" or "padded"')
-    if _runs_triton(backend, x):
-        from . import cdm
-        return cdm.dynamic_conv_logits(x, scores, weight, bias, pool)
+    h, w = x.shape[2:]
     G, C, _, k, _ = weight.shape
-    taps = window_weights(*x.shape[2:], k, pool, x)  # (h*w, k*k)
-    sums = x.flatten(2) @ taps  # P (B, D, k*k)
+    if _runs_triton(backend, x=x):
+        from . import cdm
+        sums = cdm.window_sums(x, k, pool == "padded")  # P (B, D, k*k)
+    else:
+        sums = x.flatten(2) @ window_weights(h, w, k, pool, x)
     logits = (sums.flatten(1) @ weight.view(G * C, -1).T).view(-1, G, C)
     logits = (scores.to(x.dtype)[:, :, None] * logits).sum(1)  # (B, C)
-    return logits if bias is None else logits + bias * taps[:, k * k // 2].sum()
+    if bias is None:
+        return logits
+    return logits + bias * ((1 - 2 / (3 * h)) * (1 - 2 / (3 * w)) if pool == "padded" else 1)
 
 
 def window_weights(h: int, w: int, k: int, pool: str, like: Tensor) -> Tensor:
@@ -155,17 +159,19 @@ def class_maps(
     _check_conv(x, scores, weight, bias)
     if classes.ndim != 2 or len(classes) != len(x) or classes.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"classes: got {classes.dtype} of shape {tuple(classes.shape)}, need int64 of ({len(x)}, K)")
-    if _runs_triton(backend, x):
-        from . import cdm
-        return cdm.class_maps(x, scores, weight, bias, classes)
     B, D, h, w = x.shape
     G, _, _, k, _ = weight.shape
-    scores = scores.to(x.dtype).view(B, G, 1, 1, 1, 1)
-    kernels = sum(scores[:, g] * weight[g, classes] for g in range(G))  # (B, K, D, k, k)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scores, weight, bias))
     # Each place gives its product with every tap; fold adds them up where the taps, mirrored, point.
-    kernels = kernels.flip(3, 4).transpose(2, 1).reshape(B, D, -1)  # (B, D, K*k*k)
-    products = (x.flatten(2).transpose(1, 2) @ kernels).transpose(1, 2)  # (B, K*k*k, h*w)
-    maps = F.fold(products, (h, w), k, padding=k // 2)  # (B, K, h, w)
+    if _runs_triton(backend, x=x) and not needs_grad:
+        from . import cdm
+        products = cdm.class_products(x, scores, weight, classes)  # (B, K*k*k, h*w)
+    else:
+        scores = scores.to(x.dtype).view(B, G, 1, 1, 1, 1)
+        kernels = sum(scores[:, g] * weight[g, classes] for g in range(G))  # (B, K, D, k, k)
+        kernels = kernels.flip(3, 4).transpose(2, 1).reshape(B, D, -1)  # (B, D, K*k*k)
+        products = (x.flatten(2).transpose(1, 2) @ kernels).transpose(1, 2)
+    maps = F.fold(products, (h, w), k, padding=k // 2).to(x.dtype)  # (B, K, h, w)
     return maps if bias is None else maps + bias[classes][:, :, None, None]
 
 
@@ -178,11 +184,26 @@ def _known_backend(name: str | None) -> str | None:
     return name
 
 
-def _runs_triton(backend: str | None, tensor: Tensor) -> bool:
-    name = _known_backend(backend) or _backend or ("triton" if tensor.is_cuda else "torch")
-    if name == "triton" and tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("backend: triton needs CUDA tensors, or TRITON_INTERPRET=1 set before python starts; got a CPU tensor")
-    return name == "triton"
+def _runs_triton(backend: str | None, **tensor: Tensor) -> bool:
+    ((name, tensor),) = tensor.items()
+    if (_known_backend(backend) or _backend or ("triton" if tensor.is_cuda else "torch")) != "triton":
+        return False
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f'{name}: got {tensor.dtype}, the Triton kernels need float32, float16 or bfloat16: '
+                         'convert it, or use backend="torch"')
+    if tensor.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(f"{name}: got a CPU tensor, the Triton backend needs CUDA tensors, or TRITON_INTERPRET=1 "
+                               "set before python starts")
+        from . import meter  # noqa: F401  corrects the interpreter's bfloat16
+    return True
+
+
+def dot_precision() -> str:
+    """How Triton multiplies float32 tiles: "tf32x3", as exact as float32, unless torch is allowed plain TF32 as well."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def _check_dtypes(**tensors: Tensor | None) -> None:

@@ -1,0 +1,191 @@
+"""Two things done to Triton's interpreter: its bfloat16 made right, and every memory access counted.
+
+Importing this file (with TRITON_INTERPRET=1 set before) corrects bfloat16, which the interpreter keeps as its 16 bits in
+a uint16: its casts round wrongly, and its dot multiplies the bits as integers. All other bfloat16 arithmetic is as wrong
+and stays so: kernels cast to float32 right after a load.
+
+    with measure() as launches:
+        kernels.aggregate_attention(attn, backend="triton")
+    launches[0].tensors["attn"].issued     # bytes that the kernel's loads asked for
+    launches[0].tensors["attn"].unique     # bytes of it that were touched at all: what must come from memory at least
+
+Counts are exact and the same on every run, so they can be tested. They say nothing about caches or coalescing.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+
+# ------------------------------------------------------------------------------------------------------- bfloat16
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """float32 -> bfloat16 bits, to nearest even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+_cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+
+def _cast_right(self, source, dtype):
+    if source.dtype.scalar == dtype.scalar:
+        return source
+    if source.dtype.scalar == tl.bfloat16:
+        source = TensorHandle(_widen(source.data), tl.float32)
+    if dtype.scalar == tl.bfloat16:
+        return TensorHandle(_narrow(source.data), tl.bfloat16)
+    return _cast(self, source, dtype)
+
+
+def _dot_right(self, a, b, acc, *options):
+    """Products of 16-bit numbers are exact in float32, where numpy has a fast matmul for them."""
+    _count_operations(2 * a.data.size * b.data.shape[-1])
+    return _dot(self, _cast_right(self, a, tl.float32), _cast_right(self, b, tl.float32), acc, *options)
+
+
+InterpreterBuilder.cast_impl = _cast_right
+InterpreterBuilder.create_fp_to_fp = lambda self, source, dtype, rounding: _cast_right(self, source, dtype)
+InterpreterBuilder.create_dot = _dot_right
+
+
+# ---------------------------------------------------------------------------------------------------------- meter
+
+
+class Access(NamedTuple):
+    """What one launch did to one of its tensors, in elements: how often each was loaded and stored."""
+
+    tensor: torch.Tensor
+    loads: torch.Tensor
+    stores: torch.Tensor
+
+    @property
+    def issued(self) -> int:
+        """Bytes of all loads and stores, repeats included."""
+        return int((self.loads + self.stores).sum()) * self.tensor.itemsize
+
+    @property
+    def unique(self) -> int:
+        """Bytes touched at least once."""
+        return int(((self.loads + self.stores) > 0).sum()) * self.tensor.itemsize
+
+    @property
+    def races(self) -> int:
+        """Elements stored more than once, or both loaded and stored: their value may depend on the programs' order."""
+        return int(((self.stores > 1) | ((self.loads > 0) & (self.stores > 0))).sum())
+
+
+class Launch:
+    """One kernel's launch: its name, Access per tensor argument, programs, operations in tl.dot (padding included), atomics.
+
+    An address in no tensor argument's storage raises at once. `stray` counts accesses that lie in a storage but in none
+    of the views that were passed.
+    """
+
+    def __init__(self, kernel: str, arguments: dict):
+        self.kernel = kernel
+        self.arguments = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        self.programs = self.operations = self.atomics = 0
+        self.counts = {}  # address of a storage: (bytes per element, loads, stores)
+        for tensor in self.arguments.values():
+            elements = tensor.untyped_storage().nbytes() // tensor.itemsize
+            if elements:
+                counts = np.zeros((2, elements), np.int64)
+                self.counts.setdefault(tensor.untyped_storage().data_ptr(), (tensor.itemsize, counts))
+
+    def count(self, pointers: np.ndarray, mask: np.ndarray, store: bool) -> None:
+        addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
+        if not addresses.size:
+            return
+        for start, (itemsize, counts) in self.counts.items():
+            elements = (addresses - start) // itemsize
+            if 0 <= elements.min() and elements.max() < counts.shape[1]:
+                np.add.at(counts[int(store)], elements, 1)
+                return
+        raise IndexError(f"{self.kernel}: {'store' if store else 'load'} out of bounds of every argument")
+
+    @property
+    def tensors(self) -> dict[str, Access]:
+        return {name: Access(tensor, *self._view(tensor)) for name, tensor in self.arguments.items()}
+
+    def _view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(2, *tensor.shape): loads and stores of each of its elements."""
+        if not tensor.numel():
+            return torch.zeros(2, *tensor.shape, dtype=torch.int64)
+        counts = torch.from_numpy(self.counts[tensor.untyped_storage().data_ptr()][1])
+        return torch.stack([c.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()) for c in counts])
+
+    @property
+    def stray(self) -> int:
+        inside = {start: np.zeros(counts.shape[1], bool) for start, (_, counts) in self.counts.items()}
+        for tensor in self.arguments.values():
+            view = torch.from_numpy(inside[tensor.untyped_storage().data_ptr()])
+            view.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+        return sum(int(counts[:, ~inside[start]].sum()) for start, (_, counts) in self.counts.items())
+
+
+_launches: list[Launch] | None = None  # of the measure() that is running
+
+
+@contextlib.contextmanager
+def measure() -> Iterator[list[Launch]]:
+    """Within the with-block every kernel that the interpreter runs is counted, and added to the list as it starts."""
+    global _launches
+    _launches = []
+    try:
+        yield _launches
+    finally:
+        _launches = None
+
+
+def _count_operations(operations: int) -> None:
+    if _launches:
+        _launches[-1].operations += operations
+
+
+def _counted_launch(self, *args, **kwargs):
+    if _launches is not None:
+        _launches.append(Launch(self.fn.__name__, dict(zip(self.arg_names, args)) | kwargs))
+    return _run(self, *args, **kwargs)
+
+
+def _counted_program(self, x, y, z):
+    if _launches:
+        _launches[-1].programs += 1
+    return _start_program(self, x, y, z)
+
+
+def _counted_load(self, pointers, mask, *options):
+    if _launches:
+        _launches[-1].count(pointers.data, mask.data, store=False)
+    return _load(self, pointers, mask, *options)
+
+
+def _counted_store(self, pointers, value, mask, *options):
+    if _launches:
+        _launches[-1].count(pointers.data, mask.data, store=True)
+    return _store(self, pointers, value, mask, *options)
+
+
+def _counted_atomic(self, *args):
+    if _launches:
+        _launches[-1].atomics += 1
+    return _atomic(self, *args)
+
+
+_run, GridExecutor.__call__ = GridExecutor.__call__, _counted_launch
+_start_program, InterpreterBuilder.set_grid_idx = InterpreterBuilder.set_grid_idx, _counted_program
+_load, InterpreterBuilder.create_masked_load = InterpreterBuilder.create_masked_load, _counted_load
+_store, InterpreterBuilder.create_masked_store = InterpreterBuilder.create_masked_store, _counted_store
+_atomic, InterpreterBuilder.create_atomic_rmw = InterpreterBuilder.create_atomic_rmw, _counted_atomic
