@@ -262,7 +262,7 @@ class LCTR(VisionTransformer):
             if value not in allowed:
                 raise ValueError(f"{name}: got {value!r}, need one of {', '.join(map(str, allowed))}")
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path)
-        self.pool = pool
+        self.head_type, self.pool = head, pool
         if head == "cdm":
             self.cdm = CDM(embed_dim, num_classes, num_kernels, kernel_size, scorer, erase)
         elif head == "conv":
@@ -275,48 +275,43 @@ class LCTR(VisionTransformer):
     def forward(self, images: Tensor, depth_noise: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) -> logits (B, C), whose cross-entropy is Eq. 2. depth_noise: see forward_features."""
         tokens, maps = self.forward_features(images, "cls", depth_noise)
-        if hasattr(self, "classifier"):
-            return self.classifier(tokens[:, 0])
-        features = self.on_grid(tokens[:, 1:])
-        convolution = self.convolution(features, self.on_grid(mean_over_blocks(maps, "cls")[:, 1:]))
-        return kernels.dynamic_conv_logits(features, *convolution, self.pool)
+        return self.classify(tokens, self.on_grid(mean_over_blocks(maps, "cls")[:, 1:]))[0]
+
+    def classify(self, tokens: Tensor, cls_map: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """X_L (B, N+1, D), M~c (B, h, w) -> logits (B, C) and the operands of Eq. 6, None for a token head."""
+        if self.head_type == "token":
+            return self.classifier(tokens[:, 0]), None
+        features = self.on_grid(tokens[:, 1:])  # (B, D, h, w)
+        if self.head_type == "cdm":
+            operands = features, self.cdm(features, cls_map), self.cdm.weight, self.cdm.bias
+        else:  # a static convolution is Eq. 6 with one kernel, scored 1
+            operands = features, features.new_ones(len(features), 1), self.head.weight[None], self.head.bias
+        return kernels.dynamic_conv_logits(*operands, self.pool), operands
 
     @torch.no_grad()
     def localize(self, images: Tensor, classes: Tensor | str | None = None) -> Localization:
-        """images (B, 3, H, W) -> logits and the maps that localise (paper: "During testing").
+        """images (B, 3, H, W) -> logits and the maps that localise (the paper's "During testing").
 
-        classes: (B, K) ids of the classes whose maps are computed; None for the predicted class, K = 1; "all" for all.
+        classes: (B, K) ids of the classes whose maps are computed; None for the predicted class, K = 1; "all" for all C.
         """
+        if isinstance(classes, str) and classes != "all":
+            raise ValueError(f'classes: got {classes!r}, need class ids (B, K), None or "all"')
         tokens, maps = self.forward_features(images, "relation")
         cls_map = self.on_grid(mean_over_blocks(maps, "cls")[:, 1:])  # M~_*^c (B, h, w)
         relation_map = self.on_grid(mean_over_blocks(maps, "relation"))  # Eq. 5: M_*^r (B, h, w)
-        if hasattr(self, "classifier"):
-            logits = self.classifier(tokens[:, 0])
-        else:
-            features = self.on_grid(tokens[:, 1:])
-            convolution = self.convolution(features, cls_map)
-            logits = kernels.dynamic_conv_logits(features, *convolution, self.pool)
+        logits, operands = self.classify(tokens, cls_map)
+        every_class = isinstance(classes, str)
         if classes is None:
-            ids = logits.argmax(1, keepdim=True)
-        elif isinstance(classes, str):
-            if classes != "all":
-                raise ValueError(f'classes: got {classes!r}, need class ids (B, K), None or "all"')
-            ids = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
-        else:
-            ids = classes
-        if hasattr(self, "classifier"):
+            classes = logits.argmax(1, keepdim=True)
+        elif every_class:
+            classes = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        if operands is None:
             class_maps = None
-        elif isinstance(classes, str):
-            class_maps = kernels.dynamic_conv2d(features, *convolution)
+        elif every_class:
+            class_maps = kernels.dynamic_conv2d(*operands)
         else:
-            class_maps = kernels.class_maps(features, *convolution, ids)
-        return Localization(logits, ids, class_maps, cls_map, relation_map)
-
-    def convolution(self, features: Tensor, cls_map: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The head as Eq. 6's operands: scores (B, G), kernels (G, C, D, k, k), bias (C); a static head has one kernel."""
-        if hasattr(self, "cdm"):
-            return self.cdm(features, cls_map), self.cdm.weight, self.cdm.bias
-        return features.new_ones(len(features), 1), self.head.weight[None], self.head.bias
+            class_maps = kernels.class_maps(*operands, classes)
+        return Localization(logits, classes, class_maps, cls_map, relation_map)
 
     def on_grid(self, patches: Tensor) -> Tensor:
         """(B, N) -> (B, h, w) or (B, N, D) -> (B, D, h, w), as views."""
@@ -438,6 +433,8 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
     missing = [key for key in ("model", "config", "classes") if key not in checkpoint]
     if missing:
         raise ValueError(f"{path}: no {', '.join(missing)} in it: need a checkpoint that train.py wrote")
+    if checkpoint.get("phase") == "pretrain":
+        raise ValueError(f"{path}: still in its pretraining phase: let train.py --resume finish it")
     try:
         config = checkpoint["config"]
         model = LCTR(len(checkpoint["classes"]), **{flag: config[flag] for flag in MODEL_FLAGS})
