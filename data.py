@@ -20,22 +20,25 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import csv
 import math
 import multiprocessing
 import os
 import signal
 import sys
 import warnings
+from array import array
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-DATASETS = ("synthetic", "cub", "ilsvrc", "folder")
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)      # ImageNet's, for pixels in 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 warnings.filterwarnings("ignore", module="PIL")                     # what matters arrives as an exception
@@ -57,13 +60,15 @@ def open_image(path: str | Path) -> Image.Image:
     return _decode(path)[0]
 
 
-def _decode(path: str | Path, at_least: tuple[int, int] = None) -> tuple[Image.Image, tuple[int, int]]:
-    """The upright RGB picture and its upright original size (width, height). With at_least=(width, height), a JPEG may
-    come smaller than its original (1/2, 1/4 or 1/8, decoded so, which is cheap) but not smaller than that."""
+def _decode(path, at_least=None, header_only=False) -> tuple[Image.Image | None, tuple[int, int]]:
+    """The upright RGB picture and its upright original size (width, height). at_least=(width, height) lets a JPEG come at
+    1/2, 1/4 or 1/8 of its size, which is cheap to decode, but no smaller than that."""
     try:
         with Image.open(path) as image:
             sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)       # EXIF orientation: rows are columns
             size = image.size[::-1] if sideways else image.size
+            if header_only:
+                return None, size
             if at_least:
                 image.draft(None, at_least[::-1] if sideways else at_least)
             return _rgb(ImageOps.exif_transpose(image)), size
@@ -397,95 +402,306 @@ def _spread(n: int, limit: int | None) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image files with annotations
+# Image files: listings, annotations, and the data set over them
+
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif", ".jp2"}
+
+
+class Paths:
+    """A growing list of paths in one byte string: a million take tens of megabytes, and forked workers share them."""
+
+    def __init__(self, paths=()):
+        self.text, self.ends = bytearray(), array("q", [0])
+        for path in paths:
+            self.append(path)
+
+    def append(self, path: str):
+        self.text += os.fsencode(path)
+        self.ends.append(len(self.text))
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)                             # ends a for loop
+        return os.fsdecode(bytes(self.text[self.ends[index]:self.ends[index + 1]]))
+
+
+class Samples(NamedTuple):
+    """What a reader of annotations returns: image i is folder / paths[i], of class classes[labels[i]], with boxes[i] a list of
+    (xmin, ymin, xmax, ymax)."""
+    classes: list[str]
+    folder: Path
+    paths: Paths
+    labels: list[int]
+    boxes: list[list]
+    notes: list[str]
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not text.strip():
+        raise DataError(f"{path}: empty file")
+    return text
+
+
+def _box(*numbers) -> tuple[float, ...]:
+    """xmin, ymin, xmax, ymax from their texts; ValueError where they are no box."""
+    x0, y0, x1, y1 = box = tuple(map(float, numbers))
+    if not (all(map(math.isfinite, box)) and x0 < x1 and y0 < y1):
+        raise ValueError
+    return box
+
+
+def _names(folder: Path, folders: bool = False) -> list[str]:
+    """The sorted names of a folder's image files, or of its folders; hidden ones left out."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and (
+                entry.is_dir() if folders else os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file()))
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror}; needs to be a folder") from None
+
+
+def _by_class(folder: Path, classes: list[str], complete: bool) -> tuple[Paths, array]:
+    """Paths "<class>/<name>" and labels of the images in <folder>/<class>/. complete: every class must have some."""
+    there, paths, labels = _names(folder, folders=True), Paths(), array("i")
+    for name in there:
+        if name not in classes:
+            raise DataError(f"{folder / name}: not one of the {len(classes)} classes that training has")
+    for label, name in enumerate(classes):
+        names = _names(folder / name) if complete or name in there else []
+        if complete and not names:
+            raise DataError(f"{folder / name}: no images in this class's folder")
+        for image in names:
+            paths.append(f"{name}/{image}")
+            labels.append(label)
+    return paths, labels
+
+
+def _table(path: Path, needed: str, parse) -> dict:
+    """{id: (line number, value)} of lines "<id> <rest>"; parse(rest) raises ValueError or KeyError where it is not as needed."""
+    rows = {}
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if line.strip():
+            try:
+                key, rest = line.split(maxsplit=1)
+                key, value = int(key), parse(rest.strip())
+            except (ValueError, KeyError):
+                raise DataError(f"{path}:{number}: found {line[:80]!r}, needs {needed}") from None
+            if key in rows:
+                raise DataError(f"{path}:{number}: id {key} is on line {rows[key][0]} already")
+            rows[key] = number, value
+    return rows
+
+
+def read_cub(root: Path, split: str, limit: int | None) -> Samples:
+    """The official CUB_200_2011 folder, with any number of classes: classes.txt, images.txt, image_class_labels.txt,
+    train_test_split.txt, bounding_boxes.txt (x y width height) and images/. Every image needs a line in each."""
+    def box(text):
+        x, y, width, height = map(float, text.split())
+        return _box(x, y, x + width, y + height)
+
+    classes = _table(root / "classes.txt", "'<class id> <name>'", str)
+    if classes.keys() != set(range(1, len(classes) + 1)):
+        raise DataError(f"{root / 'classes.txt'}: found {len(classes)} classes with ids from {min(classes)} to {max(classes)}, "
+                        f"needs 1 to {len(classes)}")
+    images = _table(root / "images.txt", "'<image id> <path below images/>'", str)
+    lines = {}
+    for number, path in images.values():
+        if lines.setdefault(path, number) != number:
+            raise DataError(f"{root / 'images.txt'}:{number}: {path} is on line {lines[path]} already")
+
+    def annotation(name, needed, parse):
+        table = _table(root / name, needed, parse)
+        for key in table:
+            if key not in images:
+                raise DataError(f"{root / name}:{table[key][0]}: image id {key} is not in images.txt")
+        for key in images:
+            if key not in table:
+                raise DataError(f"{root / name}: no line for image id {key} (images.txt:{images[key][0]})")
+        return {key: value for key, (_, value) in table.items()}
+
+    labels = annotation("image_class_labels.txt", "'<image id> <class id>', a class of classes.txt",
+                        {str(key): key - 1 for key in classes}.__getitem__)
+    splits = annotation("train_test_split.txt", "'<image id> <1 for train, 0 for test>'", {"1": "train", "0": "test"}.__getitem__)
+    boxes = annotation("bounding_boxes.txt", "'<image id> <x> <y> <width> <height>', finite, the sizes above 0", box)
+
+    keys = [key for key in images if splits[key] == split]
+    keys = [keys[i] for i in _spread(len(keys), limit)]
+    for number, path in map(images.get, keys):
+        if not (root / "images" / path).is_file():
+            raise DataError(f"{root / 'images' / path}: no such image (images.txt:{number})")
+    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images", Paths(images[key][1] for key in keys),
+                   [labels[key] for key in keys], [[boxes[key]] for key in keys], [])
+
+
+def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
+    """ILSVRC 2012 as the challenge lays it out (CLS-LOC); "test" is its validation set, "val" does not exist.
+
+    images       train/<wnid>/*.JPEG, and val/*.JPEG or val/<wnid>/*.JPEG, below root/ILSVRC/Data/CLS-LOC, root/Data/CLS-LOC or root
+    annotations  <image's stem>.xml for val, flat or in <wnid> folders, below root/ILSVRC/Annotations/CLS-LOC/val,
+                 root/Annotations/CLS-LOC/val or root/Annotations/val; training reads none. A flat val has its labels from them
+    classes      the lines "<wnid> <words>" of LOC_synset_mapping.txt in root or above it, else train's folders, sorted
+    """
+    def first(*candidates):
+        return next((path for path in candidates if path.exists()), None)
+
+    images = first(root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC") or root
+    mapping = first(root / "LOC_synset_mapping.txt", root.resolve().parent / "LOC_synset_mapping.txt")
+    if mapping:
+        words = {}
+        for number, line in enumerate(_read(mapping).strip().split("\n"), 1):
+            wnid, _, rest = line.strip().partition(" ")
+            if not rest or wnid in words:
+                raise DataError(f"{mapping}:{number}: found {line[:80]!r}, needs '<wnid> <words>', each wnid once")
+            words[wnid] = rest
+        wnids, classes = list(words), list(words.values())
+    else:
+        wnids = classes = _names(images / "train", folders=True)
+    if split == "train":
+        paths, labels = _by_class(images / "train", wnids, complete=True)
+        kept = _spread(len(paths), limit)
+        return Samples(classes, images / "train", Paths(paths[i] for i in kept), [labels[i] for i in kept], [()] * len(kept), [])
+
+    names, notes = _names(images / "val"), []
+    paths, labels = (Paths(names), None) if names else _by_class(images / "val", wnids, complete=False)
+    stems = {}
+    for i, path in enumerate(paths):
+        if stems.setdefault(Path(path).stem, i) != i:
+            raise DataError(f"{images / 'val' / path}: named like {paths[stems[Path(path).stem]]}, needs its own annotation")
+    folder = first(*(root / name for name in ("ILSVRC/Annotations/CLS-LOC/val", "Annotations/CLS-LOC/val", "Annotations/val")))
+    if folder is None and labels is None:
+        raise DataError(f"{root / 'Annotations/CLS-LOC/val'}: no such folder; a flat val needs its XML annotations")
+    files = {file.stem: file for file in sorted(folder.rglob("*.xml"))} if folder else {}
+    if orphans := sorted(files.keys() - stems.keys()):
+        notes.append(f"{len(orphans)} annotations have no image and are ignored (the first: {files[orphans[0]]})")
+    if labels is None and (bare := [i for stem, i in stems.items() if stem not in files]):
+        notes.append(f"{len(bare)} images have no annotation and are left out (the first: {images / 'val' / paths[bare[0]]})")
+    kept = [i for stem, i in stems.items() if labels is not None or stem in files]
+    kept = [kept[i] for i in _spread(len(kept), limit)]
+    label_of, boxes, kept_labels = {wnid: label for label, wnid in enumerate(wnids)}, [], []
+    for i in kept:
+        file, wnid = files.get(Path(paths[i]).stem), None if labels is None else wnids[labels[i]]
+        wnid, rows = _read_xml(file, wnid) if file else (wnid, [])
+        if wnid not in label_of:
+            raise DataError(f"{file}: class {wnid!r} is not one of the {len(wnids)} classes that training has")
+        kept_labels.append(label_of[wnid])
+        boxes.append(rows)
+    return Samples(classes, images / "val", Paths(paths[i] for i in kept), kept_labels, boxes, notes)
+
+
+def _read_xml(file: Path, wnid: str | None) -> tuple[str, list]:
+    """(the image's class, its boxes): the boxes of class `wnid`, by default the first object's."""
+    text, objects = _read(file), []
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:               # no annotation has one, and entities can expand without end
+        raise DataError(f"{file}: found a document type declaration, needs a plain annotation")
+    try:
+        found = ElementTree.fromstring(text).findall("object")
+    except ElementTree.ParseError as error:
+        raise DataError(f"{file}:{error.position[0]}: not well-formed XML ({error})") from None
+    for number, item in enumerate(found, 1):
+        try:
+            box = _box(*(item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")))
+            objects.append((item.findtext("name").strip(), box))
+        except (ValueError, TypeError, AttributeError):
+            raise DataError(f"{file}: object {number} needs <name> and <bndbox> with finite xmin < xmax and ymin < ymax") from None
+    wnid = wnid or (objects[0][0] if objects else None)
+    boxes = [box for name, box in objects if name == wnid]
+    if not boxes:
+        raise DataError(f"{file}: found {len(objects)} objects, needs one of the image's class{f' {wnid}' if wnid else ''}")
+    return wnid, boxes
+
+
+def read_folder(root: Path, split: str, limit: int | None) -> Samples:
+    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's folders, sorted. boxes.csv, where
+    there is one, has rows path,xmin,ymin,xmax,ymax, the path from root; any number per image; a first row of these words is a
+    header."""
+    classes = _names(root / "train", folders=True)
+    paths, labels = _by_class(root / split, classes, complete=split == "train")
+    kept = _spread(len(paths), limit)
+    paths, labels = Paths(paths[i] for i in kept), [labels[i] for i in kept]
+    boxes, file, astray = {f"{split}/{path}": [] for path in paths}, root / "boxes.csv", []
+    rows = csv.reader(_read(file).split("\n") if file.exists() else (), strict=True)
+    try:
+        for row in rows:
+            name, *numbers = [field.strip() for field in row] or [""]
+            if not any(row) or rows.line_num == 1 and [n.lower() for n in numbers] == ["xmin", "ymin", "xmax", "ymax"]:
+                continue
+            name = os.path.normpath(name.replace("\\", "/"))
+            try:
+                box = _box(*numbers)
+            except ValueError:
+                raise DataError(f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs path,xmin,ymin,xmax,ymax, finite, "
+                                "xmin < xmax, ymin < ymax") from None
+            if name in boxes:
+                boxes[name].append(box)
+            elif not (root / name).is_file():
+                astray.append((rows.line_num, name))
+    except csv.Error as error:
+        raise DataError(f"{file}:{rows.line_num}: not a row of a CSV file ({error})") from None
+    notes = [f"{len(astray)} rows of {file} name no image (the first: line {astray[0][0]}, {astray[0][1]!r})"] if astray else []
+    return Samples(classes, root / split, paths, labels, list(boxes.values()), notes)
+
 
 class Pictures(Dataset):
-    """Image files: `paths` below `root`, their labels, and for each an (M, 4) list of boxes."""
+    """Image files with a label each and any number of boxes."""
 
-    def __init__(self, name, root, paths, labels, boxes, classes, split, img_size, crop, augment, seed):
-        self.name, self.root, self.classes, self.notes = name, Path(root), classes, []
-        self.split, self.img_size, self.crop, self.augment, self.seed, self.epoch = split, img_size, crop, augment, seed, 0
-        self.paths, self.labels = paths, np.asarray(labels, np.int32)
+    def __init__(self, name, samples, split, img_size, crop, augment, seed):
+        self.classes, self.folder, self.paths, labels, boxes, self.notes = samples
+        if not len(labels):
+            raise DataError(f"{self.folder}: no images for split {split!r} of {name}")
+        self.name, self.split, self.img_size, self.crop, self.augment, self.seed = name, split, img_size, crop, augment, seed
+        self.epoch, self.labels = 0, np.array(labels, np.int32)
         self.first = np.cumsum([0, *map(len, boxes)])           # image i's boxes are rows first[i] to first[i + 1]
-        self.boxes = np.array([b for rows in boxes for b in rows], np.float32).reshape(-1, 4)
+        self.boxes = torch.tensor([box for rows in boxes for box in rows], dtype=torch.float32).view(-1, 4)
+        if split != "train":
+            self._check()
+
+    def _check(self):
+        """Opens every scored image's header, so that what is wrong with it or its boxes shows now and not after an hour."""
+        clipped = outside = unscored = 0
+        for index in range(len(self)):
+            annotated, cut, left = self._boxes_of(index, _decode(self.folder / self.paths[index], header_only=True)[1])
+            clipped += int((cut != annotated)[left].any(1).sum())
+            outside += int((~left).sum())
+            unscored += not left.any()
+        if clipped:
+            self.notes.append(f"{clipped} boxes reach beyond their images and are clipped")
+        if outside:
+            self.notes.append(f"{outside} boxes lie outside their images and are left out")
+        if unscored:
+            self.notes.append(f"{unscored} of {len(self)} {self.split} images have no box and are not scored")
+
+    def _boxes_of(self, index, size):
+        """(M, 4) as annotated, the same cut to the image, and (M,) whether anything is left of it."""
+        annotated = self.boxes[self.first[index]:self.first[index + 1]]
+        cut = clip_boxes(annotated, (0, 0, *size))
+        return annotated, cut, (cut[:, 2:] > cut[:, :2]).all(1)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        path = self.root / self.paths[index]
+        path = self.folder / self.paths[index]
         image, size = _decode(path, _at_least(self.img_size, self.crop, self.augment))
         if self.augment:
             view = train_view(size, self.img_size, np.random.default_rng((self.seed, self.epoch, index)))
         else:
             view = test_view(size, self.img_size, self.crop)
-        boxes = torch.from_numpy(self.boxes[self.first[index]:self.first[index + 1]])
-        boxes = clip_boxes(boxes, (0, 0, *size))
+        _, boxes, left = self._boxes_of(index, size)
         return {"image": normalise(_show(image, size, view, self.img_size)), "label": int(self.labels[index]),
-                "boxes": boxes, "size": size, "view": view, "index": index, "path": str(path)}
+                "boxes": boxes[left], "size": size, "view": view, "index": index, "path": str(path)}
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if not any(map(str.strip, lines)):
-        raise DataError(f"{path}: empty file")
-    return lines
-
-
-def _table(path: Path, needed: str, parse) -> dict:
-    """{id: (line number, value)} of lines "<id> <rest>"; parse(rest) raises ValueError where `rest` is not as needed."""
-    rows = {}
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            key, rest = line.split(maxsplit=1)
-            key, value = int(key), parse(rest.strip())
-        except ValueError:
-            raise DataError(f"{path}:{number}: found {line[:80]!r}, needs {needed}") from None
-        if key in rows:
-            raise DataError(f"{path}:{number}: id {key} again, first on line {rows[key][0]}")
-        rows[key] = number, value
-    return rows
-
-
-def _cub_box(text):
-    x, y, width, height = map(float, text.split())
-    if not (all(map(math.isfinite, (x, y, width, height))) and width > 0 and height > 0):
-        raise ValueError
-    return x, y, x + width, y + height
-
-
-def _cub_flag(text):
-    return {"0": False, "1": True}.get(text) if text in "01" else int("")
-
-
-def _cub(root: Path, split: str):
-    """The official CUB_200_2011 folder, any number of classes: images.txt, image_class_labels.txt, train_test_split.txt,
-    bounding_boxes.txt (x y width height), classes.txt and images/."""
-    classes = _table(root / "classes.txt", "'<class id> <name>'", str)
-    if sorted(classes) != list(range(1, len(classes) + 1)):
-        raise DataError(f"{root / 'classes.txt'}: class ids must be 1 to {len(classes)}, each once")
-    images = _table(root / "images.txt", "'<image id> <path below images/>'", str)
-    labels = _table(root / "image_class_labels.txt", "'<image id> <class id>'", int)
-    train = _table(root / "train_test_split.txt", "'<image id> <1 for training, 0 for test>'", _cub_flag)
-    boxes = _table(root / "bounding_boxes.txt", "'<image id> <x> <y> <width> <height>', finite, sizes above 0", _cub_box)
-    for name, table in (("image_class_labels", labels), ("train_test_split", train), ("bounding_boxes", boxes)):
-        for key in table.keys() - images.keys():
-            raise DataError(f"{root / name}.txt:{table[key][0]}: image id {key} is not in images.txt")
-        for key in images.keys() - table.keys():
-            raise DataError(f"{root / name}.txt: no line for image id {key} (images.txt:{images[key][0]})")
-    for key, (line, label) in labels.items():
-        if label not in classes:
-            raise DataError(f"{root / 'image_class_labels.txt'}:{line}: class id {label} is not in classes.txt")
-    keys = [key for key in images if train[key][1] == (split == "train")]
-    return (["images/" + images[key][1] for key in keys], [labels[key][1] - 1 for key in keys],
-            [[boxes[key][1]] for key in keys], [classes[i + 1][1] for i in range(len(classes))])
+READERS = {"cub": read_cub, "ilsvrc": read_ilsvrc, "folder": read_folder}
+DATASETS = ("synthetic", *READERS)
 
 
 def has_split(name: str, root: str | Path | None, split: str) -> bool:
@@ -511,10 +727,7 @@ def load_dataset(name: str, root: str | Path | None, split: str, img_size, *, li
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: no such folder")
-    paths, labels, boxes, classes = {"cub": _cub}[name](root, split)
-    kept = _spread(len(paths), limit)
-    return Pictures(name, root, [paths[i] for i in kept], [labels[i] for i in kept], [boxes[i] for i in kept], classes, split,
-                    img_size, crop, augment, seed)
+    return Pictures(name, READERS[name](root, split, limit), split, img_size, crop, augment, seed)
 
 
 def collate(samples: list[dict]) -> dict:
@@ -532,3 +745,34 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Data
     """The batches of these indices, in this order, whatever the number of workers; torch's random state is left alone."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=torch.Generator(),
                       worker_init_fn=_ignore_interrupt, pin_memory=torch.cuda.is_available())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A contact sheet of a data set: 24 samples, evenly spread, with their boxes.")
+    parser.add_argument("--data", choices=DATASETS, default="synthetic")
+    parser.add_argument("--root", type=Path)
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
+    args = parser.parse_args()
+    if args.data != "synthetic" and args.root is None:
+        parser.error(f"--root: --data {args.data} needs the folder of the data")
+    side = 192
+    dataset = load_dataset(args.data, args.root, args.split, 64 if args.data == "synthetic" else side, limit=24)
+    sheet = Image.new("RGB", (6 * side, -(-len(dataset) // 6) * side))
+    for i, sample in enumerate(dataset[i] for i in range(len(dataset))):
+        tile = Image.fromarray(denormalise(sample["image"])).resize((side, side))
+        draw = ImageDraw.Draw(tile)
+        x0, y0, x1, y1 = sample["view"]
+        for box in (sample["boxes"].view(-1, 2, 2) - torch.tensor([x0, y0])) * side / torch.tensor([x1 - x0, y1 - y0]):
+            draw.rectangle([*box.amin(0), *box.amax(0)], outline="red")
+        draw.text((2, 2), dataset.classes[sample["label"]], fill="white", stroke_width=1, stroke_fill="black")
+        sheet.paste(tile, (i % 6 * side, i // 6 * side))
+    sheet.save(args.out)
+    print(*dataset.notes, f"{args.out}: {len(dataset)} samples, {len(dataset.classes)} classes", sep="\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, OSError) as error:
+        sys.exit(f"data.py: error: {error}")
