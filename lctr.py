@@ -292,7 +292,8 @@ class LCTR(VisionTransformer):
     def localize(self, images: Tensor, classes: Tensor | str | None = None) -> Localization:
         """images (B, 3, H, W) -> logits and the maps that localise (the paper's "During testing").
 
-        classes: (B, K) ids of the classes whose maps are computed; None for the predicted class, K = 1; "all" for all C.
+        classes: (B, K) ids of the classes whose maps are computed, -1 for the predicted class; None for the predicted class
+        alone, K = 1; "all" for all C.
         """
         if isinstance(classes, str) and classes != "all":
             raise ValueError(f'classes: got {classes!r}, need class ids (B, K), None or "all"')
@@ -301,10 +302,13 @@ class LCTR(VisionTransformer):
         relation_map = self.on_grid(mean_over_blocks(maps, "relation"))  # Eq. 5: M_*^r (B, h, w)
         logits, operands = self.classify(tokens, cls_map)
         every_class = isinstance(classes, str)
+        predicted = logits.argmax(1, keepdim=True)  # (B, 1)
         if classes is None:
-            classes = logits.argmax(1, keepdim=True)
+            classes = predicted
         elif every_class:
             classes = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+        else:
+            classes = torch.where(classes < 0, predicted, classes)
         if operands is None:
             class_maps = None
         elif every_class:

@@ -143,8 +143,11 @@ def test_model_equals_the_equations(switches):
     everything = model.localize(x, "all")
     assert torch.equal(everything.classes, torch.arange(7).expand(3, 7))
     equal(everything.class_maps, maps)
-    asked = torch.tensor([[6, 0], [2, 2], [0, 5]])
-    equal(model.localize(x, asked).class_maps, torch.stack([m[c] for m, c in zip(maps, asked)]))
+    asked = torch.tensor([[6, 0, -1], [2, 2, 1], [-1, 5, 3]])
+    ids = torch.where(asked < 0, logits.argmax(1, keepdim=True), asked)
+    found = model.localize(x, asked)
+    assert torch.equal(found.classes, ids)
+    equal(found.class_maps, torch.stack([m[c] for m, c in zip(maps, ids)]))
 
 
 def test_token_head_is_a_linear_layer_on_the_class_token():
