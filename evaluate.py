@@ -18,6 +18,7 @@ What every number means, and where the choices are made:
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -113,7 +114,7 @@ def first_touching(start: Tensor, end: Tensor, step: int) -> tuple[Tensor, Tenso
     other = torch.searchsorted(end, start + step)
     exists = other < len(end)
     other = torch.where(exists, other, 0)
-    return other, exists & (start[other] <= end + step)
+    return other, exists & (start.index_select(0, other) <= end + step)
 
 
 def follow(parent: Tensor) -> Tensor:
@@ -134,11 +135,23 @@ def largest(components: Components, cells: int, height: int, width: int) -> Tens
     return boxes
 
 
+@contextlib.contextmanager
+def one_thread():
+    """Hundreds of small operations: handing each to several threads costs more than it saves, on a busy machine tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def map_chunks(maps: Tensor) -> Sequence[Tensor]:
     """Maps in groups whose runs fit a core's cache, or a GPU's memory."""
     return maps.split(max(1, 2 ** (24 if maps.is_cuda else 18) // maps[0].numel())) if len(maps) else []
 
 
+@one_thread()
 def largest_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The box of each map's largest component at each threshold: maps (B, H, W) -> (B, T, 4) int64, half-open xyxy.
 
@@ -344,6 +357,7 @@ def enlarge(maps: Tensor, img_size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps.float(), img_size, mode="bilinear", align_corners=False)
 
 
+@one_thread()
 def score_maps(
     maps: Tensor, truth: Tensor, img_size: tuple[int, int], thresholds: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -555,3 +569,509 @@ def progress(items: Sequence | Iterable, label: str, show: bool = True) -> Itera
         text = f"{label}: {done}/{total}, {rate:.3g}/s, {left}"
         end = "" if terminal and done < total else "\n"
         print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- pictures
+
+CELL = 176  # pixels of a panel's longer side
+MARGIN = 8
+INK, PAPER, GREY, GRID = (32, 33, 36), (255, 255, 255), (110, 112, 118), (226, 227, 230)
+RED, GREEN = (255, 45, 55), (60, 235, 90)
+HEAT = np.array([(8, 10, 56), (44, 40, 140), (116, 52, 178), (196, 72, 160), (244, 124, 104), (254, 190, 92), (253, 250, 178)])
+LINES = {"none": (140, 140, 146), "cls": (230, 140, 0), "relation": (0, 100, 200), "cls-only": (0, 150, 110),
+         "relation-only": (190, 80, 160)}  # told apart without red and green
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def heat_colours(values: np.ndarray) -> np.ndarray:
+    """[0, 1] (...) -> uint8 (..., 3), dark blue to pale yellow, evenly in lightness."""
+    place = np.clip(values, 0, 1)[..., None] * (len(HEAT) - 1)
+    low = np.minimum(place.astype(int), len(HEAT) - 2)
+    low_colour, high_colour = HEAT[low[..., 0]], HEAT[low[..., 0] + 1]
+    return (low_colour + (high_colour - low_colour) * (place - low)).round().astype(np.uint8)
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Each map (..., H, W) to [0, 1]; a constant one to 0."""
+    low, high = maps.amin((-2, -1), True), maps.amax((-2, -1), True)
+    return ((maps - low) / (high - low)).nan_to_num(0, 0, 0)
+
+
+def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
+    """A map (H, W) in [0, 1] in colours over the picture, which loses most of its own."""
+    grey = Image.blend(picture, picture.convert("L").convert("RGB"), 0.7)
+    colours = Image.fromarray(heat_colours(heat)).resize(picture.size, Image.Resampling.BILINEAR)
+    return Image.blend(grey, colours, 0.6)
+
+
+def draw_box(draw: ImageDraw.ImageDraw, box: Iterable[float], colour: tuple[int, int, int], width: int) -> None:
+    """A half-open box, drawn on its inside with a dark seam."""
+    x0, y0, x1, y1 = (round(float(v)) for v in box)
+    if x1 - x0 > 2 * width and y1 - y0 > 2 * width:
+        draw.rectangle((x0 - 1, y0 - 1, x1, y1), outline=INK)
+        draw.rectangle((x0 + width, y0 + width, x1 - 1 - width, y1 - 1 - width), outline=INK)
+    draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=width)
+
+
+def fit_text(text: str, size: int, width: float) -> str:
+    """The text, shortened where it is wider than `width` pixels."""
+    if font(size).getlength(text) <= width:
+        return text
+    while text and font(size).getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def panel_size(view: Tensor) -> tuple[int, int]:
+    """(width, height) at which the part of an image that the network sees fills a cell."""
+    width, height = (float(view[2] - view[0]), float(view[3] - view[1]))
+    return tuple(max(1, round(CELL * side / max(width, height))) for side in (width, height))
+
+
+class Seen(NamedTuple):
+    """A few images with what one model sees in them; boxes in the input's frame."""
+
+    picture: np.ndarray  # (n, H, W, 3) uint8
+    view: Tensor  # (n, 4)
+    label: list[int]
+    predicted: list[int]
+    truth: list[Tensor]  # (M, 4)
+    heat: Tensor  # (n, Q, H, W) in [0, 1]
+    box: Tensor  # (n, Q, 4)
+    iou: Tensor  # (n, Q)
+
+
+@torch.no_grad()
+def look(
+    model: LCTR, dataset: torch.utils.data.Dataset, indices: Sequence[int], couplings: Sequence[str], threshold: float,
+    gt_class: bool,
+) -> Seen:
+    """Localises the images again, for pictures: scoring keeps no maps."""
+    batch = data.collate([dataset[int(i)] for i in indices])
+    images = batch["image"].to(next(model.parameters()).device)
+    localization = model.localize(images)
+    predicted = localization.logits.argmax(1).tolist()
+    if gt_class:
+        localization = model.localize(images, batch["label"].to(images.device)[:, None])
+    maps = enlarge(stack_couplings(localization, couplings), model.img_size)  # (n, Q, H, W)
+    box = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4).cpu()
+    truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (n, M, 4)
+    iou = box_iou(box[:, :, None], truth[:, None]).amax(-1)
+    return Seen(data.denormalise(batch["image"]), batch["view"], batch["label"].tolist(), predicted,
+                [t[:len(b)] for t, b in zip(truth, batch["boxes"])], stretch(maps).cpu(), box, iou)
+
+
+def draw_panel(seen: Seen, i: int, q: int | None) -> Image.Image:
+    """Image i as coupling q sees it (None: as it is), its annotated boxes red, the predicted one green, IoU in white."""
+    height, width = seen.picture.shape[1:3]
+    panel = Image.fromarray(seen.picture[i]).resize(panel_size(seen.view[i]), Image.Resampling.BICUBIC)
+    scale = torch.tensor([panel.width / width, panel.height / height]).repeat(2)
+    if q is not None:
+        panel = overlay(panel, seen.heat[i, q].numpy())
+    draw = ImageDraw.Draw(panel)
+    for box in seen.truth[i]:
+        draw_box(draw, box * scale, RED, 2)
+    if q is not None:
+        draw_box(draw, seen.box[i, q] * scale, GREEN, 2)
+        if len(seen.truth[i]):
+            draw.text((panel.width - 6, 4), f"{100 * seen.iou[i, q]:.1f}", PAPER, font(17), "ra", stroke_width=2, stroke_fill=INK)
+    return panel
+
+
+def evenly(n: int, k: int) -> list[int]:
+    """k of n places, evenly spread: neither the best nor the first."""
+    k = min(n, k)
+    return [(2 * i + 1) * n // (2 * k) for i in range(k)]
+
+
+def draw_gallery(seen: Sequence[Seen], titles: Sequence[Sequence[str]], classes: Sequence[str], note: str) -> Image.Image:
+    """The paper's Figure 4: a row per image, its input, then a map for each model's couplings, titled titles[model][q]."""
+    columns = [(None, None, "input")] + [(s, q, title) for s, row in zip(seen, titles) for q, title in enumerate(row)]
+    rows, top, line = len(seen[0].label), 64, 22
+    step, drop = CELL + MARGIN, CELL + line + MARGIN
+    sheet = Image.new("RGB", (MARGIN + step * len(columns), top + drop * rows), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw_legend(draw, (MARGIN, 8), note, sheet.width)
+    for c, (model, q, title) in enumerate(columns):
+        x = MARGIN + step * c
+        draw.text((x + CELL / 2, top - 6), fit_text(title, 15, CELL), INK, font(15), "ms")
+        for i in range(rows):
+            panel = draw_panel(model or seen[0], i, q)
+            y = top + drop * i
+            sheet.paste(panel, (x + (CELL - panel.width) // 2, y + (CELL - panel.height) // 2))
+            caption, colour = class_caption(model or seen[0], i, classes, with_label=model is None)
+            if q in (None, 0):
+                draw.text((x + CELL / 2 if q is None else x, y + CELL + 4), fit_text(caption, 13, CELL if q is None else 2 * CELL),
+                          colour, font(13), "ma" if q is None else "la")
+    return sheet
+
+
+def class_caption(seen: Seen, i: int, classes: Sequence[str], with_label: bool) -> tuple[str, tuple[int, int, int]]:
+    if with_label:
+        return classes[seen.label[i]], INK
+    right = seen.predicted[i] == seen.label[i]
+    return ("class right", GREY) if right else (f"taken for {classes[seen.predicted[i]]}", (200, 30, 40))
+
+
+def draw_legend(draw: ImageDraw.ImageDraw, place: tuple[int, int], note: str, width: int) -> None:
+    x, y = place
+    for colour, text in ((RED, "annotated"), (GREEN, "predicted")):
+        draw.rectangle((x, y + 2, x + 16, y + 14), outline=colour, width=3)
+        draw.text((x + 22, y), text, INK, font(14))
+        x += 34 + font(14).getlength(text)
+    draw.text((x + 8, y), fit_text(note, 14, width - x - MARGIN), GREY, font(14))
+
+
+def draw_failures(groups: Sequence[tuple[str, Seen | None]], classes: Sequence[str], note: str, per_row: int) -> Image.Image:
+    """A titled row per kind of failure; groups: (title, its examples)."""
+    top, line, head = 40, 22, 28
+    step = CELL + MARGIN
+    heights = [head + (CELL + line + MARGIN if seen else 0) for _, seen in groups]
+    sheet = Image.new("RGB", (MARGIN + step * per_row, top + sum(heights) + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw_legend(draw, (MARGIN, 8), note, sheet.width)
+    y = top
+    for (title, seen), height in zip(groups, heights):
+        draw.line((MARGIN, y, sheet.width - MARGIN, y), GRID)
+        draw.text((MARGIN, y + 5), title, INK, font(16))
+        for i in range(len(seen.label) if seen else 0):
+            x, panel = MARGIN + step * i, draw_panel(seen, i, 0)
+            sheet.paste(panel, (x + (CELL - panel.width) // 2, y + head + (CELL - panel.height) // 2))
+            caption = classes[seen.label[i]]
+            if seen.predicted[i] != seen.label[i]:
+                caption = f"{classes[seen.predicted[i]]}, is {caption}"
+            draw.text((x + CELL / 2, y + head + CELL + 4), fit_text(caption, 13, CELL), INK, font(13), "ma")
+        y += height
+    return sheet
+
+
+def draw_curve(metrics: dict, coupling: str) -> Image.Image:
+    """gt_known over thresholds, a line per coupling, a dot at the threshold in use. Drawn at 3 x its size, then reduced."""
+    zoom, width, height = 3, 860, 520
+    left, right, top, bottom = 70, 24, 46, 64
+    sheet = Image.new("RGB", (zoom * width, zoom * height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    curves = {c: row["gt_known_curve"] for c, row in metrics["couplings"].items()}
+
+    def at(threshold: float, accuracy: float) -> tuple[float, float]:
+        return (zoom * (left + threshold * (width - left - right)), zoom * (top + (100 - accuracy) / 100 * (height - top - bottom)))
+
+    def text(x: float, y: float, words: str, anchor: str, size: int = 14, colour=INK) -> None:
+        draw.text((x, y), words, colour, font(zoom * size), anchor)
+
+    for tick in range(0, 101, 20):
+        draw.line((*at(0, tick), *at(1, tick)), GRID, zoom)
+        text(*np.add(at(0, tick), (-8 * zoom, 0)), str(tick), "rm", colour=GREY)
+    for tick in range(0, 11, 2):
+        draw.line((*at(tick / 10, 0), *np.add(at(tick / 10, 0), (0, 5 * zoom))), INK, zoom)
+        text(*np.add(at(tick / 10, 0), (0, 9 * zoom)), f"{tick / 10:.1f}", "ma", colour=GREY)
+    draw.line((*at(0, 0), *at(1, 0)), INK, zoom)
+    text(*at(0, 100 + 100 * 18 / (height - top - bottom)), "Images localised with IoU > 0.5 (GT-known), in %", "lb", 15)
+    text(zoom * (left + (width - left - right) / 2), zoom * (height - 12), "threshold of the stretched map", "ms", 15)
+    baseline = metrics["baselines"]["centred_box"]
+    if baseline is not None:
+        for step in range(0, 100, 2):
+            draw.line((*at(step / 100, baseline), *at(step / 100 + 0.01, baseline)), GREY, zoom)
+        text(*np.add(at(1, baseline), (0, -3 * zoom)), "centred box", "rb", 12, GREY)
+    for c, curve in curves.items():
+        if curve[0] is not None:
+            points = [at(t, a) for t, a in zip(metrics["thresholds"], curve)]
+            draw.line(points, LINES[c], zoom * (4 if c == coupling else 2), joint="curve")
+    for c, row in metrics["couplings"].items():
+        if row["gt_known"] is not None:
+            (x, y), r = at(metrics["threshold"], row["gt_known"]), zoom * (6 if c == coupling else 4)
+            draw.ellipse((x - r, y - r, x + r, y + r), LINES[c], PAPER, zoom)
+    longest = max((font(zoom * 14).getlength(row["label"]) for row in metrics["couplings"].values()), default=0)
+    x, y = zoom * (width - right - 8) - longest, zoom * (top + 10)
+    draw.rectangle((x - 44 * zoom, y - 6 * zoom, zoom * (width - right), y + zoom * (22 * len(curves) + 2)), PAPER, GRID, zoom)
+    for row_number, (c, row) in enumerate(metrics["couplings"].items()):
+        middle = y + zoom * (22 * row_number + 8)
+        draw.line((x - 36 * zoom, middle, x - 8 * zoom, middle), LINES[c], zoom * (4 if c == coupling else 2))
+        text(x, middle, row["label"], "lm")
+    return sheet.resize((width, height), Image.Resampling.LANCZOS)
+
+
+# ---------------------------------------------------------------- reports
+
+
+def report(
+    out: str | Path, model: LCTR, dataset: torch.utils.data.Dataset, scores: Scores, metrics: dict, coupling: str,
+    threshold: float, **about: object,
+) -> None:
+    """Writes metrics.json, predictions.jsonl, gallery.png, curve.png and failures.png into the folder `out`.
+
+    about: what else metrics.json shall say (checkpoint, data, split, frame, where the threshold came from).
+    """
+    out, device, training = Path(out), next(model.parameters()).device, model.training
+    out.mkdir(parents=True, exist_ok=True)
+    model.eval()
+    write_text(out / "metrics.json", json.dumps(metrics | {"coupling": coupling} | about, indent=2) + "\n")
+    write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in predictions(scores, coupling, threshold)))
+
+    note = f"boxes at threshold {threshold:g}, {'label' if scores.gt_class else 'predicted class'}'s map, IoU in %"
+    n = len(scores.images["label"])
+    seen = look(model, dataset, evenly(n, 8), scores.couplings, threshold, scores.gt_class)
+    titles = [coupling_label(scores.head, c) for c in scores.couplings]
+    write_png(out / "gallery.png", draw_gallery([seen], [titles], dataset.classes, note))
+    write_png(out / "curve.png", draw_curve(metrics, coupling))
+
+    kinds, groups, per_row = failure_kinds(scores, coupling, threshold), [], 6
+    for kind, name in enumerate(FAILURES):
+        failed = np.flatnonzero(kinds == kind)
+        share = metrics["couplings"][coupling]["failures"][name]
+        title = f"{name}: {'-' if share is None else f'{share:.1f}'} % of images ({len(failed)})"
+        examples = failed[evenly(len(failed), per_row)]
+        groups.append((title, look(model, dataset, examples, [coupling], threshold, scores.gt_class) if len(failed) else None))
+    note = f"{coupling_label(scores.head, coupling)}, {note}"
+    write_png(out / "failures.png", draw_failures(groups, dataset.classes, note, per_row))
+    model.train(training)
+
+
+def predictions(scores: Scores, coupling: str, threshold: float) -> Iterator[dict]:
+    """predictions.jsonl, an entry per image: boxes are xyxy in the upright image's own pixels; iou None without annotation."""
+    at, images = (scores.couplings.index(coupling), threshold_index(scores, threshold)), scores.images
+    box = torch.from_numpy(images["box"][:, *at])[:, None]  # (n, 1, 4)
+    box = to_image(box, torch.from_numpy(images["view"]), scores.img_size)[:, 0].tolist()
+    for i, boxes in enumerate(images["boxes"]):
+        yield {"path": images["path"][i], "label": int(images["label"][i]), "top5": images["top5"][i].tolist(), "box": box[i],
+               "boxes": boxes.tolist(), "iou": float(images["iou"][i, *at]) if len(boxes) else None}
+
+
+def save_maps(path: str | Path, scores: Scores) -> None:
+    """maps.npz, for scoring of your own: cls_map M~c and relation_map M^r (n, h, w), label (n,), path (n,), and, where the head
+    has them, class_map (n, h, w), before any ReLU, with `class` (n,), the class it belongs to."""
+    images = scores.images
+    arrays = {key: images[key] for key in ("class_map", "cls_map", "relation_map", "label") if key in images}
+    arrays |= {"path": np.array(images["path"]), "class": images["label"] if scores.gt_class else images["top5"][:, 0]}
+    write_atomic(path, lambda file: np.savez(file, **arrays))
+
+
+# ---------------------------------------------------------------- your own pictures
+
+
+def find_images(places: Sequence[str], out: Path) -> list[Path]:
+    """Files as given, and in folders, however deep, all whose name ends like a format that Pillow reads; none of `out`'s."""
+    endings = set(Image.registered_extensions())
+    found = []
+    for place in map(Path, places):
+        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in endings and p.is_file()) if place.is_dir() else [place]
+        found += [p for p in inside if out.resolve() not in p.resolve().parents]
+    return found
+
+
+def own_pictures(
+    model: LCTR, classes: Sequence[str], paths: Sequence[Path], out: Path, coupling: str, threshold: float, crop: int | None,
+    batch_size: int,
+) -> int:
+    """Writes an overlay PNG per picture and boxes.json; returns how many could not be read. They are named and skipped."""
+    device, entries, used, unreadable = next(model.parameters()).device, [], set(), 0
+    for first in range(0, len(paths), batch_size):
+        batch = []
+        for path in paths[first:first + batch_size]:
+            try:
+                batch.append((path, *data.load_image(path, model.img_size, crop)))
+            except data.DataError as error:
+                unreadable += 1
+                print(f"evaluate.py: skipped: {error}", file=sys.stderr)
+        if not batch:
+            continue
+        localization = model.localize(torch.stack([image for _, image, _, _ in batch]).to(device))
+        maps = enlarge(stack_couplings(localization, [coupling]), model.img_size)[:, 0]  # (B, H, W)
+        boxes = largest_boxes(maps, [threshold]).cpu()  # (B, 1, 4)
+        boxes = to_image(boxes, torch.tensor([view for _, _, view, _ in batch]), model.img_size)[:, 0]  # (B, 4)
+        top = localization.logits.softmax(1).cpu().topk(min(5, len(classes)))
+        for (path, _, view, size), heat, box, chances, ids in zip(batch, stretch(maps).cpu(), boxes, *top):
+            top5 = [[classes[c], p] for c, p in zip(ids.tolist(), chances.tolist())]
+            name = next(n for n in (path.stem + ending for ending in ("", *(f"-{i}" for i in range(2, 10**9)))) if n not in used)
+            used.add(name)
+            write_png(out / f"{name}.png", draw_own(data.open_image(path), heat.numpy(), box, view, top5[0]))
+            entries.append({"path": str(path), "size": list(size), "top5": top5, "box": box.tolist()})
+            print(f"{path} -> {out / name}.png: {top5[0][0]} ({100 * top5[0][1]:.1f} %), "
+                  f"box {' '.join(f'{v:.0f}' for v in box)}")
+    write_text(out / "boxes.json", json.dumps(entries, indent=2) + "\n")
+    return unreadable
+
+
+def draw_own(picture: Image.Image, heat: np.ndarray, box: Tensor, view: tuple, best: tuple[str, float]) -> Image.Image:
+    """The whole picture at a size to look at, the map over the part that the network saw, the box, class and probability."""
+    scale = min(max(1, 480 / max(picture.size)), 1280 / max(picture.size))
+    picture = picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.BICUBIC)
+    corner = [round(scale * v) for v in view]
+    picture.paste(overlay(picture.crop(corner), heat), corner[:2])
+    draw, unit = ImageDraw.Draw(picture), max(2, max(picture.size) // 240)
+    draw_box(draw, box * scale, GREEN, unit)
+    text = fit_text(f"{best[0]} {100 * best[1]:.0f} %", 8 * unit, picture.width - 4 * unit)
+    draw.text((2 * unit, 2 * unit), text, PAPER, font(8 * unit), stroke_width=max(2, unit // 2), stroke_fill=INK)
+    return picture
+
+
+# ---------------------------------------------------------------- the script
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        self.exit(2, f"evaluate.py: error: {message}\n")
+
+
+def threshold_flag(text: str) -> float | str:
+    try:
+        value = text if text == "auto" else float(text)
+    except ValueError:
+        value = -1
+    if value != "auto" and not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, need auto or a number in [0, 1)")
+    return value
+
+
+def count_flag(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text}, need a whole number of at least {least}")
+        return int(text)
+    return parse
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__.split("\n\n")[0], epilog="Flags not given come from the checkpoint.")
+    add = parser.add_argument
+    add("--checkpoint", nargs="+", required=True, metavar="FILE", help="of train.py; several are compared")
+    add("--data", choices=data.DATASETS, help="data set; default: what it was trained on")
+    add("--root", help="the data set's folder")
+    add("--split", choices=("test", "val", "train"), default="test")
+    add("--limit-test", type=count_flag(1), metavar="N", help="that many images, spread evenly over the split")
+    add("--images", nargs="+", metavar="PATH", help="pictures or folders of your own instead of a data set")
+    add("--coupling", choices=COUPLINGS, help="of the report's boxes; default relation (Eq. 3)")
+    add("--threshold", type=threshold_flag, help="number in [0, 1), or auto: the best on val; default: the checkpoint's, else 0.2")
+    add("--gt-class", action="store_true", help="score the label's map instead of the predicted class's")
+    add("--crop", type=count_flag(1), metavar="SIZE", help="shorter side to SIZE, centre crop; default: the whole image, squashed")
+    add("--out", type=Path, help="folder; default: evaluate/ beside the checkpoint")
+    add("--save-maps", action="store_true", help="also maps.npz")
+    add("--profile", action="store_true", help="print the time of the forward pass and of scoring")
+    add("--batch-size", type=count_flag(1), default=64)
+    add("--workers", type=count_flag(0), default=0, help="processes that load images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags = parser.parse_args(argv)
+    flags.out = flags.out or Path(flags.checkpoint[0]).parent / "evaluate"
+    if flags.images and len(flags.checkpoint) > 1:
+        parser.error("--images: takes one --checkpoint")
+    if any(place.exists() and not place.is_dir() for place in (flags.out, *flags.out.parents)):
+        parser.error(f"--out: {flags.out} is or lies in a file, need a folder")
+    try:
+        torch.zeros(1, device=flags.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device: {flags.device}: {str(error).splitlines()[0]}")
+    return flags
+
+
+def load_split(flags: argparse.Namespace, checkpoint: dict, path: str, img_size, split: str) -> torch.utils.data.Dataset:
+    """The split to score, of the checkpoint's own data set unless flags say otherwise; its classes must be the checkpoint's."""
+    name = flags.data or checkpoint["config"]["data"]
+    root = flags.root or (checkpoint["config"]["root"] if name == checkpoint["config"]["data"] else None)
+    if root is None and name != "synthetic":
+        raise ValueError(f"--root: {name} needs the data set's folder")
+    dataset = data.load_dataset(name, root, split, img_size, limit=flags.limit_test, crop=flags.crop, augment=False)
+    known, found = checkpoint["classes"], dataset.classes
+    if list(known) != list(found):
+        i = next((i for i, (a, b) in enumerate(zip(known, found)) if a != b), min(len(known), len(found)))
+        names = [repr(classes[i]) if i < len(classes) else "nothing" for classes in (known, found)]
+        raise ValueError(f"{path}: its {len(known)} classes are not the {len(found)} of {name} {split}: "
+                         f"class {i} is {names[0]} there, {names[1]} here")
+    if not len(dataset):
+        raise ValueError(f"{name} {split}: no images")
+    return dataset
+
+
+def choose_threshold(flags: argparse.Namespace, model: LCTR, checkpoint: dict, path: str, coupling: str) -> tuple[float, str]:
+    """The threshold and where it came from."""
+    if flags.threshold is None:
+        own = checkpoint.get("metrics", {}).get("threshold")
+        return (DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none") if own is None else (own, "the checkpoint's own")
+    if flags.threshold != "auto":
+        return flags.threshold, "--threshold"
+    name, root = flags.data or checkpoint["config"]["data"], flags.root or checkpoint["config"]["root"]
+    if not data.has_split(name, root, "val"):
+        raise ValueError(f"--threshold: auto needs a val split, {name} has none: give a number")
+    val_set = load_split(flags, checkpoint, path, model.img_size, "val")
+    scores = score(model, val_set, batch_size=flags.batch_size, device=flags.device, workers=flags.workers, couplings=[coupling])
+    return best_threshold(scores, coupling), f"the best gt-known of {len(val_set)} val images"
+
+
+def run_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each checkpoint: its run's folder, with the file's where that is not enough."""
+    short = [Path(path).resolve().parent.name for path in paths]
+    names = short if len(set(short)) == len(short) else [f"{s}-{Path(path).stem}" for s, path in zip(short, paths)]
+    return names if len(set(names)) == len(names) else [f"{i}-{name}" for i, name in enumerate(names, 1)]
+
+
+def evaluate(flags: argparse.Namespace) -> int:
+    """Everything that the flags ask for; returns the exit status."""
+    loaded = [(path, *load_checkpoint(path)) for path in flags.checkpoint]
+    for path, model, checkpoint in loaded:
+        if flags.coupling and flags.coupling not in couplings_of(model):
+            raise ValueError(f"--coupling: {path} has a {head_of(model)} head, whose couplings are {', '.join(couplings_of(model))}")
+        if flags.crop and flags.crop < max(model.img_size):
+            raise ValueError(f"--crop: got {flags.crop}, need at least {path}'s input of {max(model.img_size)} pixels")
+        if list(checkpoint["classes"]) != list(loaded[0][2]["classes"]):
+            raise ValueError(f"{path}: its classes are not those of {flags.checkpoint[0]}")
+    flags.out.mkdir(parents=True, exist_ok=True)
+
+    names, all_metrics, seen, titles = run_names(flags.checkpoint), [], [], []
+    for name, (path, model, checkpoint) in zip(names, loaded):
+        model = model.to(flags.device).eval()
+        coupling = flags.coupling or default_coupling(model)
+        dataset = None if flags.images else load_split(flags, checkpoint, path, model.img_size, flags.split)
+        threshold, source = choose_threshold(flags, model, checkpoint, path, coupling)
+        print(f"{path}: {coupling_label(head_of(model), coupling)} ({coupling}), threshold {threshold:g} ({source}), on {flags.device}")
+        if flags.images:
+            paths = find_images(flags.images, flags.out)
+            unreadable = own_pictures(model, checkpoint["classes"], paths, flags.out, coupling, threshold, flags.crop, flags.batch_size)
+            print(f"{len(paths) - unreadable} pictures and boxes.json in {flags.out}"
+                  + f", {unreadable} could not be read" * bool(unreadable))
+            return 1 if unreadable or not paths else 0
+
+        scores = score(model, dataset, batch_size=flags.batch_size, device=flags.device, workers=flags.workers,
+                       threshold=threshold, gt_class=flags.gt_class, keep_maps=flags.save_maps)
+        metrics = summarise(scores, threshold) | {"coupling": coupling}
+        about = {"threshold_from": source, "checkpoint": str(path), "data": dataset.name, "split": flags.split,
+                 "frame": f"centre crop of {flags.crop}" if flags.crop else "whole image"}
+        folder = flags.out / name if len(loaded) > 1 else flags.out
+        report(folder, model, dataset, scores, metrics, coupling, threshold, **about)
+        if flags.save_maps:
+            save_maps(folder / "maps.npz", scores)
+        if flags.profile:
+            n = len(scores.images["label"])
+            print(f"{name}: per image {1e3 * scores.seconds['forward'] / n:.2f} ms for the forward pass, "
+                  f"{1e3 * scores.seconds['boxes'] / n:.2f} ms for boxes and IoU of {len(scores.couplings)} couplings at "
+                  f"{len(scores.thresholds)} thresholds, for the predicted class and the label")
+        all_metrics.append(metrics | about | ({"name": name} if len(loaded) > 1 else {}))
+        if len(loaded) > 1:
+            shown = [c for c in scores.couplings if c in ("cls", "relation", coupling) or scores.head == "token"]
+            seen.append(look(model, dataset, evenly(len(dataset), 8), shown, threshold, flags.gt_class))
+            titles.append([f"{name}: {coupling_label(scores.head, c)}" for c in shown])
+
+    if len(loaded) > 1:
+        write_text(flags.out / "metrics.json", json.dumps(dict(zip(names, all_metrics)), indent=2) + "\n")
+        write_png(flags.out / "gallery.png", draw_gallery(seen, titles, loaded[0][2]["classes"], "IoU in %"))
+    first = all_metrics[0]
+    print(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\nreport and pictures in {flags.out}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = parse_flags(argv)
+    try:
+        return evaluate(flags)
+    except (ValueError, RuntimeError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"evaluate.py: error: {error.filename or flags.out}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("evaluate.py: stopped", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
