@@ -1,4 +1,4 @@
-"""Data sets with image-level labels for training and boxes for scoring: synthetic birds, CUB-200-2011, ILSVRC, your own folder.
+"""Image-level labels to train with, boxes to score with: synthetic birds, CUB-200-2011, ILSVRC, a folder of your own.
 
     load_dataset(name, root, split, img_size)          a torch Dataset; dataset[i] is a dict:
         image   (3, H, W) float32, normalised by ImageNet's mean and standard deviation
@@ -10,11 +10,11 @@
         index   int, the place in the data set
         palette int, birds only: the body's colours, a second image-level label
 
-Every random choice in training is a function of (seed, epoch, index), so that neither workers nor processes change a result.
-What a data set had to clip, drop or leave unscored stands in dataset.notes. Anything wrong in a file raises DataError, one line
-that names it.
+Every random choice in training is a function of (seed, epoch, index): neither workers nor processes change a result.
+What a data set had to clip, drop or leave unscored stands in dataset.notes. Anything wrong in a file raises DataError,
+one line that names it.
 
-    python data.py --data cub --root CUB_200_2011 --out sheet.png          # a contact sheet with boxes: check your own data
+    python data.py --data cub --root CUB_200_2011 --out sheet.png      # a contact sheet with boxes: check your own data
 """
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ import signal
 import sys
 import warnings
 from array import array
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -55,14 +56,14 @@ class DataError(ValueError):
 # Pictures: any file -> upright RGB -> a view of it -> the network's input
 
 def open_image(path: str | Path) -> Image.Image:
-    """The picture upright (EXIF) and in RGB, whatever Pillow reads: its first frame, over white where it is transparent,
+    """The picture upright (EXIF) and in RGB, whatever Pillow reads: its first frame, on white where it is transparent,
     16-bit and float pixels scaled to 8 bits. Raises DataError naming the file."""
     return _decode(path)[0]
 
 
 def _decode(path, at_least=None, header_only=False) -> tuple[Image.Image | None, tuple[int, int]]:
-    """The upright RGB picture and its upright original size (width, height). at_least=(width, height) lets a JPEG come at
-    1/2, 1/4 or 1/8 of its size, which is cheap to decode, but no smaller than that."""
+    """The upright RGB picture and the size (width, height) of the upright original. at_least=(width, height) lets a JPEG
+    come at 1/2, 1/4 or 1/8 of its size, which is cheap to decode, but no smaller than that."""
     try:
         with Image.open(path) as image:
             sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)       # EXIF orientation: rows are columns
@@ -91,47 +92,44 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def train_view(size, img_size, rng) -> tuple[float, float, float, float]:
-    """The paper's augmentation as a region of the original: both sides resized to 256/224 of img_size (height, width), a
-    random crop of img_size, mirrored half of the time (x0 > x1)."""
+def random_view(size, img_size, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """The paper's augmentation as a region of the original: both sides resized to 256/224 of img_size (height, width),
+    a random crop of img_size, mirrored half of the time (x0 > x1)."""
     (width, height), (h, w) = size, img_size
     H, W = round(h * 256 / 224), round(w * 256 / 224)
-    top, left, mirrored = rng.integers(H - h + 1), rng.integers(W - w + 1), rng.random() < 0.5
+    top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
     x0, y0, x1, y1 = left * width / W, top * height / H, (left + w) * width / W, (top + h) * height / H
-    return (x1, y0, x0, y1) if mirrored else (x0, y0, x1, y1)
+    return (x1, y0, x0, y1) if rng.random() < 0.5 else (x0, y0, x1, y1)
 
 
-def test_view(size, img_size, crop: int | None = None) -> tuple[float, float, float, float]:
-    """The whole picture, or with crop=SIZE the centre: the shorter side resized to SIZE, img_size (height, width) cut out."""
-    width, height = size
+def fixed_view(size, img_size, crop: int | None = None) -> tuple[float, float, float, float]:
+    """The whole picture; with crop=SIZE, the central img_size (height, width) once its shorter side is resized to SIZE."""
+    (width, height), (h, w) = size, img_size
     if crop is None:
         return 0.0, 0.0, float(width), float(height)
-    W, H = (crop, crop * height // width) if width < height else (crop * width // height, crop)
-    (h, w) = img_size
-    top, left = round((H - h) / 2), round((W - w) / 2)
+    W, H = crop * width // min(size), crop * height // min(size)
+    left, top = round((W - w) / 2), round((H - h) / 2)
     return left * width / W, top * height / H, (left + w) * width / W, (top + h) * height / H
 
 
-def load_image(path: str | Path, img_size, crop: int | None = None):
-    """The test transform of one file: (image (3, H, W), view, size). img_size is an int or (height, width)."""
-    img_size = _pair(img_size)
-    image, size = _decode(path, _at_least(img_size, crop, augment=False))
-    view = test_view(size, img_size, crop)
-    return normalise(_show(image, size, view, img_size)), view, size
+def load_image(path: str | Path, img_size, crop: int | None = None, rng: np.random.Generator | None = None):
+    """One file as the network's input: (image (3, H, W), view, size), seen through fixed_view, with an rng random_view.
+    img_size is an int or (height, width)."""
+    h, w = img_size = _pair(img_size)
+    least = (round(w * 256 / 224), round(h * 256 / 224)) if rng else (crop, crop) if crop else (w, h)
+    picture, size = _decode(path, least)
+    view = random_view(size, img_size, rng) if rng else fixed_view(size, img_size, crop)
+    return normalise(_resize(picture, size, view, img_size)), view, size
 
 
-def _at_least(img_size, crop, augment):
-    h, w = (round(s * 256 / 224) for s in img_size) if augment else (crop, crop) if crop else img_size
-    return w, h
-
-
-def _show(image: Image.Image, size, view, img_size) -> np.ndarray:
-    """The view, given in pixels of a picture of `size`, resized to img_size: (H, W, 3) uint8."""
-    x0, y0, x1, y1 = view
-    sx, sy = image.width / size[0], image.height / size[1]          # below 1 where a JPEG was decoded at reduced scale
-    box = min(x0, x1) * sx, y0 * sy, min(max(x0, x1) * sx, image.width), min(y1 * sy, image.height)
-    pixels = np.asarray(image.resize(img_size[::-1], Image.Resampling.BILINEAR, box=box))
-    return pixels[:, ::-1] if x0 > x1 else pixels
+def _resize(picture: Image.Image, size, view, img_size) -> np.ndarray:
+    """(H, W, 3) uint8: the view of a picture, mirrored where x0 > x1. The view is in pixels of an original of `size`, of
+    which the picture may be a reduced copy."""
+    sx, sy = picture.width / size[0], picture.height / size[1]
+    left, right = sorted((view[0], view[2]))
+    box = left * sx, view[1] * sy, min(right * sx, picture.width), min(view[3] * sy, picture.height)     # min: rounding
+    pixels = np.asarray(picture.resize(img_size[::-1], Image.Resampling.BILINEAR, box))
+    return pixels[:, ::-1] if view[0] > view[2] else pixels
 
 
 def normalise(pixels: np.ndarray) -> torch.Tensor:
@@ -146,13 +144,18 @@ def denormalise(image: torch.Tensor) -> np.ndarray:
 
 
 def clip_boxes(boxes: torch.Tensor, view) -> torch.Tensor:
-    """(M, 4) xyxy cut to a view or to (0, 0, width, height). A box outside keeps its row, with no area: a certain miss."""
+    """(M, 4) xyxy cut to a view or to (0, 0, width, height). A box outside keeps its row, without area: a certain miss."""
     x0, y0, x1, y1 = view
     return torch.stack((boxes[:, 0::2].clamp(x0, x1), boxes[:, 1::2].clamp(y0, y1)), 2).flatten(1)
 
 
 def _pair(img_size) -> tuple[int, int]:
     return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+
+
+def _spread(n: int, limit: int | None) -> Sequence[int]:
+    """Indices of `limit` of n samples, evenly spread; of all without a limit."""
+    return range(n) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ def _superellipse(power):
 
 
 CIRCLE, LEAF = _superellipse(2), _superellipse(1.4)
-WING = CIRCLE * np.stack((np.where(CIRCLE[:, 0] < 0, 1.45, 1), 0.75 + 0.35 * CIRCLE[:, 0]), 1)     # a drop, its tip at the left
+WING = CIRCLE * np.stack((np.where(CIRCLE[:, 0] < 0, 1.45, 1), 0.75 + 0.35 * CIRCLE[:, 0]), 1)     # a drop, tip at left
 
 
 def _hsv(h, s, v):
@@ -194,12 +197,12 @@ def _turned(shape, x, y, a, b, angle=0.0):
 def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     """One bird, a pure function of its arguments: (picture (h, w, 3) uint8, label, palette, box xyxy in pixels).
 
-    The species is the hue and the marking of the head, about an eighth of the picture across; berries lie about in the same
-    hues. The body's palette goes with the species PALETTE_CUE of the time and is any of the eight otherwise; shape, pose, place,
-    plumage and scenery are free. The box covers head, beak, body, tail and legs."""
+    The species is the hue and the marking of the head, an eighth to a fifth of the picture across; berries lie about in
+    the same hues. The body's palette is the species' own in PALETTE_CUE of the birds, else any; shape, plumage, pose, place
+    and scenery are free. The box covers head, beak, body, tail and legs."""
     height, width = size
     rng = np.random.default_rng((stream, index))
-    uniforms = iter(rng.random(400).tolist())
+    uniforms = iter(rng.random(256).tolist())
 
     def u(low, high):
         return low + (high - low) * next(uniforms)
@@ -212,7 +215,7 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     _draw_clutter(draw, u, *canvas.size)
     shapes = _bird(u, label, palette)
 
-    # pose: tilt, facing, scale, place; the bird never leaves the picture
+    # tilted, facing left or right, scaled to the picture's size and placed wholly inside it
     tilt, facing = u(-0.5, 0.5), -1 if u(0, 1) < 0.5 else 1
     c, s = math.cos(tilt), math.sin(tilt)
     points = np.concatenate([points for points, _ in shapes]) @ np.array([[facing * c, s], [-facing * s, c]])
@@ -220,10 +223,10 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     scale = (u(0.5, 0.85) * np.array(canvas.size) / extent).min()
     corner = (canvas.size - scale * extent) * (u(0.02, 0.98), u(0.02, 0.98))
     points = (points - low) * scale + corner
-    flat, end = points.ravel().tolist(), 0
-    for p, colour in shapes:
-        start, end = end, end + p.size
-        draw.polygon(flat[start:end], fill=colour)
+    flat, start = points.ravel().tolist(), 0
+    for polygon, colour in shapes:
+        draw.polygon(flat[start:start + polygon.size], colour)
+        start += polygon.size
 
     grain = rng.standard_normal((height, width, 1), np.float32) * u(1, 5)
     picture = np.clip(np.asarray(canvas.reduce(SUPERSAMPLING)) + grain, 0, 255).astype(np.uint8)
@@ -289,6 +292,9 @@ def _bird(u, label, palette):
     def add(colour, *points):
         shapes.append((np.concatenate([np.reshape(p, (-1, 2)) for p in points]), colour))
 
+    def disc(colour, x, y, radius):
+        shapes.append((_turned(CIRCLE, x, y, radius, radius), colour))
+
     hip, down = u(-0.15, 0.15), deep + u(0.25, 0.5)
     for leg in (hip - 0.12, hip + 0.18):
         foot = leg + 0.12
@@ -301,8 +307,8 @@ def _bird(u, label, palette):
 
     body = _superellipse(power) * (1, deep)
     add(coat, body)
-    add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6), (0.75, deep * 0.55), (-0.35, -deep * 0.9))     # neck
-    add(light, body[1:14], body[13:0:-1] * (1, 0.25))                           # belly
+    add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6), (0.75, deep * 0.55), (-0.35, -deep * 0.9))      # neck
+    add(light, body[1:14], body[13:0:-1] * (1, 0.25))                                                           # belly
     plumage = u(0, 1)
     if plumage < 0.35:                                                          # striped, spotted or plain
         pitch, lean = u(0.22, 0.34), u(0, 0.12)
@@ -312,81 +318,81 @@ def _bird(u, label, palette):
     elif plumage < 0.7:
         spot = _hsv(h, s * 0.6, v * 1.4)
         for _ in range(14):
-            a, size = u(-0.8, 0.6), u(0.04, 0.08)
-            add(spot, _turned(CIRCLE, a, u(-0.85, 0.85) * deep * (1 - a * a) ** 0.5, size, size))
+            a = u(-0.8, 0.6)
+            disc(spot, a, u(-0.85, 0.85) * deep * (1 - a * a) ** 0.5, u(0.04, 0.08))
     wing = _turned(WING, u(-0.2, 0), u(-0.15, 0), u(0.5, 0.62), deep * u(0.5, 0.65), u(-0.25, 0.3))
     add(_hsv(h + 0.02, s, v * u(0.6, 0.75)), wing)
     add(_hsv(h + 0.02, s, v * 0.45), wing[11:18])
 
-    add(_hsv(0.11, 0.6, 0.8), (x + r * 0.8, y - r * 0.35), (x + r + u(0.15, 0.4), y + u(-0.05, 0.15)), (x + r * 0.8, y + r * 0.4))
-    head = _turned(CIRCLE, x, y, r, r)
-    add(hue, head)
+    beak = x + r + u(0.15, 0.4), y + u(-0.05, 0.15)
+    add(_hsv(0.11, 0.6, 0.8), (x + r * 0.8, y - r * 0.35), beak, (x + r * 0.8, y + r * 0.4))
+    disc(hue, x, y, r)
     mark = MARKS[label // len(HUES)]
     if mark == "cap":
-        add(dark, np.stack((head[:, 0], np.minimum(head[:, 1], y - r * 0.1)), 1))
+        add(dark, _turned(CIRCLE, x, y, r, r)[14:], (x + r, y - 0.1 * r), (x - r, y - 0.1 * r))
     elif mark == "ring":
-        add(dark, _turned(CIRCLE, x, y, r * 0.66, r * 0.66))
-        add(hue, _turned(CIRCLE, x, y, r * 0.34, r * 0.34))
+        disc(dark, x, y, 0.66 * r)
+        disc(hue, x, y, 0.34 * r)
     else:
-        for centre in (-0.45, 0.3):
-            a, b, half = x + (centre - 0.14) * r, x + (centre + 0.14) * r, math.sqrt(1 - (abs(centre) + 0.12) ** 2) * r
+        for middle in (-0.45, 0.3):
+            a, b, half = x + (middle - 0.14) * r, x + (middle + 0.14) * r, math.sqrt(1 - (abs(middle) + 0.12) ** 2) * r
             add(dark, (a, y - half), (b, y - half), (b, y + half), (a, y + half))
-    if mark != "ring":
-        add((250, 250, 250), _turned(CIRCLE, x + 0.02 * r, y + 0.12 * r, 0.16 * r, 0.16 * r))
-        add((0, 0, 0), _turned(CIRCLE, x + 0.04 * r, y + 0.12 * r, 0.08 * r, 0.08 * r))
+    if mark != "ring":                                                          # the ring is an eye itself
+        disc((250, 250, 250), x + 0.02 * r, y + 0.12 * r, 0.16 * r)
+        disc((0, 0, 0), x + 0.04 * r, y + 0.12 * r, 0.08 * r)
     return shapes
 
 
 def _draw_birds(stream, size, indices):
-    return [np.stack(column) for column in zip(*(draw_bird(stream, int(i), size) for i in indices))]
+    return [np.stack(column) for column in zip(*(draw_bird(stream, index, size) for index in indices))]
 
 
 class Birds(Dataset):
-    """Synthetic birds, drawn once and kept in memory. They are rendered at the network's size, so training shifts and mirrors
-    them (by 3/32 of the size, reflected at the border) where photographs are resized and cropped: no pixel is resampled."""
+    """Synthetic birds, drawn once, on all cores, and kept in memory; 12,000 of 64 x 64 take 150 MB. Drawn at the network's
+    size, they are shifted in training (up to 3/32 of the size, reflected at the border) and mirrored: the resized crop
+    that photographs get would only blur them."""
 
     def __init__(self, split: str, img_size, limit=None, crop=None, augment=False, seed=0):
-        self.name, self.classes, self.num_palettes, self.notes = "synthetic", SPECIES, len(PALETTES), []
-        self.split, self.img_size, self.crop, self.augment, self.seed, self.epoch = split, img_size, crop, augment, seed, 0
+        self.name, self.split, self.img_size, self.crop = "synthetic", split, img_size, crop
+        self.classes, self.num_palettes, self.notes = SPECIES, len(PALETTES), []
+        self.augment, self.seed, self.epoch = augment, seed, 0
         self.indices = _spread(BIRDS[split], limit)
-        chunks = np.array_split(self.indices, max(1, len(self.indices) // 250))
+        chunks = [self.indices[i:i + 250] for i in range(0, len(self.indices), 250)]
         draw = partial(_draw_birds, BIRD_STREAMS[split], img_size)
-        cores = _spare_cores()
-        if cores > 1 and len(chunks) > 1:
-            # forked: spawned processes would import torch, and rerun a caller's script that has no __main__ guard
-            with ProcessPoolExecutor(cores, multiprocessing.get_context("fork"), _ignore_interrupt) as pool:
+        processes = min(_cores(), len(chunks))
+        if processes > 1:       # forked: a spawned one imports torch first, and reruns a script without a __main__ guard
+            with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _ignore_interrupt) as pool:
                 drawn = list(pool.map(draw, chunks))
         else:
             drawn = list(map(draw, chunks))
-        self.pictures, self.labels, self.palettes, self.boxes = (np.concatenate(column) for column in zip(*drawn))
-        pads = [round(n * 3 / 32) for n in img_size]
-        self.reflected = [np.pad(np.arange(n), pad, mode="reflect") for n, pad in zip(img_size, pads)]   # rows, columns
+        self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
+        self.pads = [round(side * 3 / 32) for side in img_size]                 # rows, columns
+        self.reflected = [np.pad(np.arange(side), pad, mode="reflect") for side, pad in zip(img_size, self.pads)]
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict:
-        (h, w), pixels = self.img_size, self.pictures[index]
-        size = (w, h)
+        (h, w), pixels = self.img_size, self.pictures[index]                    # (H, W, 3)
+        view = fixed_view((w, h), (h, w), self.crop)
         if self.augment:
-            rows, columns = self.reflected
             rng = np.random.default_rng((self.seed, self.epoch, index))
-            top, left, mirrored = rng.integers(len(rows) - h + 1), rng.integers(len(columns) - w + 1), rng.random() < 0.5
-            x, y = left - (len(columns) - w) // 2, top - (len(rows) - h) // 2
-            columns = columns[left:left + w]
-            view = (x + w, y, x, y + h) if mirrored else (x, y, x + w, y + h)
-            pixels = pixels.take(rows[top:top + h], 0).take(columns[::-1] if mirrored else columns, 1)
-        else:
-            view = test_view(size, self.img_size, self.crop)
-            if self.crop:
-                pixels = _show(Image.fromarray(pixels), size, view, self.img_size)
+            top, left = (int(rng.integers(2 * pad + 1)) for pad in self.pads)
+            rows, columns = self.reflected[0][top:top + h], self.reflected[1][left:left + w]
+            y, x = top - self.pads[0], left - self.pads[1]
+            view = (x, y, x + w, y + h)
+            if rng.random() < 0.5:
+                columns, view = columns[::-1], (x + w, y, x, y + h)
+            pixels = pixels.take(rows, 0).take(columns, 1)
+        elif self.crop:
+            pixels = _resize(Image.fromarray(pixels), (w, h), view, (h, w))
         return {"image": normalise(pixels), "label": int(self.labels[index]), "palette": int(self.palettes[index]),
-                "boxes": torch.from_numpy(self.boxes[index:index + 1]), "size": size, "view": view, "index": index,
-                "path": f"synthetic/{self.split}/{self.indices[index]:05d}.png"}
+                "boxes": torch.from_numpy(self.boxes[index:index + 1]), "size": (w, h), "view": view, "index": index,
+                "path": f"synthetic/{self.split}/{self.indices[index]:05d}"}
 
 
-def _spare_cores() -> int:
-    """Processes that this one may start: a process of torchrun's shares the machine, a daemonic one may have no children."""
+def _cores() -> int:
+    """How many processes may draw: torchrun's share the machine, a daemonic one may have no children."""
     if not hasattr(os, "sched_getaffinity") or multiprocessing.current_process().daemon:
         return 1
     return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -396,15 +402,10 @@ def _ignore_interrupt(*_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the parent's to handle
 
 
-def _spread(n: int, limit: int | None) -> np.ndarray:
-    """Indices of `limit` of n samples, evenly spread."""
-    return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Image files: listings, annotations, and the data set over them
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif", ".jp2"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".avif"}
 
 
 class Paths:
@@ -429,8 +430,8 @@ class Paths:
 
 
 class Samples(NamedTuple):
-    """What a reader of annotations returns: image i is folder / paths[i], of class classes[labels[i]], with boxes[i] a list of
-    (xmin, ymin, xmax, ymax)."""
+    """What a reader of annotations returns: image i is folder / paths[i], of class classes[labels[i]], with a list boxes[i]
+    of (xmin, ymin, xmax, ymax)."""
     classes: list[str]
     folder: Path
     paths: Paths
@@ -486,7 +487,7 @@ def _by_class(folder: Path, classes: list[str], complete: bool) -> tuple[Paths, 
 
 
 def _table(path: Path, needed: str, parse) -> dict:
-    """{id: (line number, value)} of lines "<id> <rest>"; parse(rest) raises ValueError or KeyError where it is not as needed."""
+    """{id: (line number, value)} of lines "<id> <rest>"; parse(rest) raises ValueError or KeyError unless as needed."""
     rows = {}
     for number, line in enumerate(_read(path).split("\n"), 1):
         if line.strip():
@@ -510,7 +511,7 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
 
     classes = _table(root / "classes.txt", "'<class id> <name>'", str)
     if classes.keys() != set(range(1, len(classes) + 1)):
-        raise DataError(f"{root / 'classes.txt'}: found {len(classes)} classes with ids from {min(classes)} to {max(classes)}, "
+        raise DataError(f"{root / 'classes.txt'}: found {len(classes)} ids from {min(classes)} to {max(classes)}, "
                         f"needs 1 to {len(classes)}")
     images = _table(root / "images.txt", "'<image id> <path below images/>'", str)
     lines = {}
@@ -530,24 +531,26 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
 
     labels = annotation("image_class_labels.txt", "'<image id> <class id>', a class of classes.txt",
                         {str(key): key - 1 for key in classes}.__getitem__)
-    splits = annotation("train_test_split.txt", "'<image id> <1 for train, 0 for test>'", {"1": "train", "0": "test"}.__getitem__)
+    splits = annotation("train_test_split.txt", "'<image id> <1 for train, 0 for test>'",
+                        {"1": "train", "0": "test"}.__getitem__)
     boxes = annotation("bounding_boxes.txt", "'<image id> <x> <y> <width> <height>', finite, the sizes above 0", box)
 
     keys = [key for key in images if splits[key] == split]
     keys = [keys[i] for i in _spread(len(keys), limit)]
     for number, path in map(images.get, keys):
-        if not (root / "images" / path).is_file():
+        if not os.path.isfile(root / "images" / path):
             raise DataError(f"{root / 'images' / path}: no such image (images.txt:{number})")
-    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images", Paths(images[key][1] for key in keys),
-                   [labels[key] for key in keys], [[boxes[key]] for key in keys], [])
+    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images",
+                   Paths(images[key][1] for key in keys), [labels[key] for key in keys], [[boxes[key]] for key in keys], [])
 
 
 def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
     """ILSVRC 2012 as the challenge lays it out (CLS-LOC); "test" is its validation set, "val" does not exist.
 
-    images       train/<wnid>/*.JPEG, and val/*.JPEG or val/<wnid>/*.JPEG, below root/ILSVRC/Data/CLS-LOC, root/Data/CLS-LOC or root
-    annotations  <image's stem>.xml for val, flat or in <wnid> folders, below root/ILSVRC/Annotations/CLS-LOC/val,
-                 root/Annotations/CLS-LOC/val or root/Annotations/val; training reads none. A flat val has its labels from them
+    images       train/<wnid>/*.JPEG, and val/*.JPEG or val/<wnid>/*.JPEG,
+                 in root/ILSVRC/Data/CLS-LOC, root/Data/CLS-LOC or root
+    annotations  for val only, <the image's name>.xml, flat or in folders, in root/ILSVRC/Annotations/CLS-LOC/val,
+                 root/Annotations/CLS-LOC/val, root/Annotations/val or beside the images; a flat val's labels are theirs
     classes      the lines "<wnid> <words>" of LOC_synset_mapping.txt in root or above it, else train's folders, sorted
     """
     def first(*candidates):
@@ -568,39 +571,40 @@ def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
     if split == "train":
         paths, labels = _by_class(images / "train", wnids, complete=True)
         kept = _spread(len(paths), limit)
-        return Samples(classes, images / "train", Paths(paths[i] for i in kept), [labels[i] for i in kept], [()] * len(kept), [])
+        paths, labels = Paths(paths[i] for i in kept), array("i", (labels[i] for i in kept))
+        return Samples(classes, images / "train", paths, labels, [()] * len(kept), [])
 
-    names, notes = _names(images / "val"), []
-    paths, labels = (Paths(names), None) if names else _by_class(images / "val", wnids, complete=False)
+    folder, names, notes = images / "val", _names(images / "val"), []
+    paths, labels = (Paths(names), None) if names else _by_class(folder, wnids, complete=False)
     stems = {}
     for i, path in enumerate(paths):
-        if stems.setdefault(Path(path).stem, i) != i:
-            raise DataError(f"{images / 'val' / path}: named like {paths[stems[Path(path).stem]]}, needs its own annotation")
-    folder = first(*(root / name for name in ("ILSVRC/Annotations/CLS-LOC/val", "Annotations/CLS-LOC/val", "Annotations/val")))
-    if folder is None and labels is None:
-        raise DataError(f"{root / 'Annotations/CLS-LOC/val'}: no such folder; a flat val needs its XML annotations")
-    files = {file.stem: file for file in sorted(folder.rglob("*.xml"))} if folder else {}
+        if (twin := stems.setdefault(Path(path).stem, i)) != i:
+            raise DataError(f"{folder / path}: shares its name with {paths[twin]}, needs its own for its annotation")
+    annotations = first(*(root / name / "val" for name in ("ILSVRC/Annotations/CLS-LOC", "Annotations/CLS-LOC", "Annotations")))
+    files = {file.stem: file for file in sorted((annotations or folder).rglob("*.xml"))}
+    if labels is None and not files:
+        raise DataError(f"{annotations or folder}: no XML annotations, needs them for the labels of {folder}")
     if orphans := sorted(files.keys() - stems.keys()):
         notes.append(f"{len(orphans)} annotations have no image and are ignored (the first: {files[orphans[0]]})")
     if labels is None and (bare := [i for stem, i in stems.items() if stem not in files]):
-        notes.append(f"{len(bare)} images have no annotation and are left out (the first: {images / 'val' / paths[bare[0]]})")
+        notes.append(f"{len(bare)} images have no annotation and are left out (the first: {folder / paths[bare[0]]})")
     kept = [i for stem, i in stems.items() if labels is not None or stem in files]
     kept = [kept[i] for i in _spread(len(kept), limit)]
-    label_of, boxes, kept_labels = {wnid: label for label, wnid in enumerate(wnids)}, [], []
+    label_of, kept_labels, boxes = {wnid: label for label, wnid in enumerate(wnids)}, array("i"), []
     for i in kept:
         file, wnid = files.get(Path(paths[i]).stem), None if labels is None else wnids[labels[i]]
         wnid, rows = _read_xml(file, wnid) if file else (wnid, [])
         if wnid not in label_of:
-            raise DataError(f"{file}: class {wnid!r} is not one of the {len(wnids)} classes that training has")
+            raise DataError(f"{file}: class {wnid!r} is not one of the {len(wnids)} that training has")
         kept_labels.append(label_of[wnid])
         boxes.append(rows)
-    return Samples(classes, images / "val", Paths(paths[i] for i in kept), kept_labels, boxes, notes)
+    return Samples(classes, folder, Paths(paths[i] for i in kept), kept_labels, boxes, notes)
 
 
 def _read_xml(file: Path, wnid: str | None) -> tuple[str, list]:
     """(the image's class, its boxes): the boxes of class `wnid`, by default the first object's."""
     text, objects = _read(file), []
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:               # no annotation has one, and entities can expand without end
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:               # entities can expand without end
         raise DataError(f"{file}: found a document type declaration, needs a plain annotation")
     try:
         found = ElementTree.fromstring(text).findall("object")
@@ -611,18 +615,18 @@ def _read_xml(file: Path, wnid: str | None) -> tuple[str, list]:
             box = _box(*(item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")))
             objects.append((item.findtext("name").strip(), box))
         except (ValueError, TypeError, AttributeError):
-            raise DataError(f"{file}: object {number} needs <name> and <bndbox> with finite xmin < xmax and ymin < ymax") from None
+            raise DataError(f"{file}: object {number} needs a <name> and a <bndbox> of finite xmin < xmax, ymin < ymax"
+                            ) from None
     wnid = wnid or (objects[0][0] if objects else None)
     boxes = [box for name, box in objects if name == wnid]
     if not boxes:
-        raise DataError(f"{file}: found {len(objects)} objects, needs one of the image's class{f' {wnid}' if wnid else ''}")
+        raise DataError(f"{file}: found {len(objects)} objects, needs one of the image's class {wnid or ''}".rstrip())
     return wnid, boxes
 
 
 def read_folder(root: Path, split: str, limit: int | None) -> Samples:
-    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's folders, sorted. boxes.csv, where
-    there is one, has rows path,xmin,ymin,xmax,ymax, the path from root; any number per image; a first row of these words is a
-    header."""
+    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's folders, sorted. boxes.csv,
+    if any, has rows path,xmin,ymin,xmax,ymax, any number per image, the path from root; the words may head it."""
     classes = _names(root / "train", folders=True)
     paths, labels = _by_class(root / split, classes, complete=split == "train")
     kept = _spread(len(paths), limit)
@@ -638,15 +642,17 @@ def read_folder(root: Path, split: str, limit: int | None) -> Samples:
             try:
                 box = _box(*numbers)
             except ValueError:
-                raise DataError(f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs path,xmin,ymin,xmax,ymax, finite, "
-                                "xmin < xmax, ymin < ymax") from None
+                raise DataError(f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs path,xmin,ymin,xmax,ymax, "
+                                "finite, xmin < xmax, ymin < ymax") from None
             if name in boxes:
                 boxes[name].append(box)
-            elif not (root / name).is_file():
+            elif not os.path.isfile(root / name):
                 astray.append((rows.line_num, name))
     except csv.Error as error:
         raise DataError(f"{file}:{rows.line_num}: not a row of a CSV file ({error})") from None
-    notes = [f"{len(astray)} rows of {file} name no image (the first: line {astray[0][0]}, {astray[0][1]!r})"] if astray else []
+    notes = []
+    if astray:
+        notes.append(f"{len(astray)} rows of {file} name no image (the first: line {astray[0][0]}, {astray[0][1]!r})")
     return Samples(classes, root / split, paths, labels, list(boxes.values()), notes)
 
 
@@ -657,15 +663,16 @@ class Pictures(Dataset):
         self.classes, self.folder, self.paths, labels, boxes, self.notes = samples
         if not len(labels):
             raise DataError(f"{self.folder}: no images for split {split!r} of {name}")
-        self.name, self.split, self.img_size, self.crop, self.augment, self.seed = name, split, img_size, crop, augment, seed
-        self.epoch, self.labels = 0, np.array(labels, np.int32)
+        self.name, self.split, self.img_size, self.crop = name, split, img_size, crop
+        self.augment, self.seed, self.epoch = augment, seed, 0
+        self.labels = np.array(labels, np.int32)
         self.first = np.cumsum([0, *map(len, boxes)])           # image i's boxes are rows first[i] to first[i + 1]
         self.boxes = torch.tensor([box for rows in boxes for box in rows], dtype=torch.float32).view(-1, 4)
         if split != "train":
             self._check()
 
     def _check(self):
-        """Opens every scored image's header, so that what is wrong with it or its boxes shows now and not after an hour."""
+        """Opens every scored image's header: what is wrong with it or its boxes shows now, not after an hour."""
         clipped = outside = unscored = 0
         for index in range(len(self)):
             annotated, cut, left = self._boxes_of(index, _decode(self.folder / self.paths[index], header_only=True)[1])
@@ -690,14 +697,11 @@ class Pictures(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         path = self.folder / self.paths[index]
-        image, size = _decode(path, _at_least(self.img_size, self.crop, self.augment))
-        if self.augment:
-            view = train_view(size, self.img_size, np.random.default_rng((self.seed, self.epoch, index)))
-        else:
-            view = test_view(size, self.img_size, self.crop)
+        rng = np.random.default_rng((self.seed, self.epoch, index)) if self.augment else None
+        image, view, size = load_image(path, self.img_size, self.crop, rng)
         _, boxes, left = self._boxes_of(index, size)
-        return {"image": normalise(_show(image, size, view, self.img_size)), "label": int(self.labels[index]),
-                "boxes": boxes[left], "size": size, "view": view, "index": index, "path": str(path)}
+        return {"image": image, "label": int(self.labels[index]), "boxes": boxes[left], "size": size, "view": view,
+                "index": index, "path": str(path)}
 
 
 READERS = {"cub": read_cub, "ilsvrc": read_ilsvrc, "folder": read_folder}
@@ -712,27 +716,26 @@ def has_split(name: str, root: str | Path | None, split: str) -> bool:
 
 def load_dataset(name: str, root: str | Path | None, split: str, img_size, *, limit: int | None = None,
                  crop: int | None = None, augment: bool | None = None, seed: int = 0) -> Dataset:
-    """A data set of this module's docstring. img_size is an int or (height, width). limit keeps that many samples, evenly
-    spread. augment, by default for split="train", turns on the random views of (seed, dataset.epoch, index); set epoch before
-    each epoch. crop=SIZE shows the centre of test pictures (see test_view). Raises DataError."""
+    """A data set as at the top of this file. img_size is an int or (height, width). limit keeps that many samples, evenly
+    spread. augment, by default on for split="train", takes random views, from (seed, dataset.epoch, index): set epoch
+    before each epoch. crop=SIZE is for test pictures (see fixed_view). Raises DataError."""
+    augment, img_size = split == "train" if augment is None else augment, _pair(img_size)
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}: needs one of {', '.join(DATASETS)}")
+    if name != "synthetic" and not (root and os.path.isdir(root)):
+        raise DataError(f"{root}: no such folder; {name} needs the data's")
     if not has_split(name, root, split):
         raise DataError(f"{name} has no split {split!r}")
-    augment, img_size = split == "train" if augment is None else augment, _pair(img_size)
     if crop is not None and crop < max(img_size):
         raise DataError(f"crop: found {crop}, needs at least the network's {max(img_size)} pixels")
     if name == "synthetic":
         return Birds(split, img_size, limit, crop, augment, seed)
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder")
-    return Pictures(name, READERS[name](root, split, limit), split, img_size, crop, augment, seed)
+    return Pictures(name, READERS[name](Path(root), split, limit), split, img_size, crop, augment, seed)
 
 
 def collate(samples: list[dict]) -> dict:
-    """A batch: image (B, 3, H, W), label, index and palette (B,) int64, size (B, 2) int64, view (B, 4) float32; boxes and path
-    are lists."""
+    """A batch: image (B, 3, H, W), label, index and palette (B,) int64, size (B, 2) int64, view (B, 4) float32; boxes and
+    path are lists."""
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     batch["image"] = torch.stack(batch["image"])
     for key in batch.keys() & {"label", "index", "palette", "size"}:
@@ -741,14 +744,23 @@ def collate(samples: list[dict]) -> dict:
     return batch
 
 
-def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> DataLoader:
-    """The batches of these indices, in this order, whatever the number of workers; torch's random state is left alone."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate, generator=torch.Generator(),
-                      worker_init_fn=_ignore_interrupt, pin_memory=torch.cuda.is_available())
+def _pack(samples):
+    batch = collate(samples)
+    batch["counts"], batch["boxes"] = [len(boxes) for boxes in batch["boxes"]], torch.cat(batch["boxes"])
+    return batch                                                # a tensor out of a worker costs a file descriptor
+
+
+def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Iterator[dict]:
+    """Batches of these indices, in this order, whatever the number of workers; torch's random state is left alone."""
+    for batch in DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_pack,
+                            generator=torch.Generator(), worker_init_fn=_ignore_interrupt,
+                            pin_memory=torch.cuda.is_available()):
+        batch["boxes"] = list(batch["boxes"].split(batch.pop("counts")))
+        yield batch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A contact sheet of a data set: 24 samples, evenly spread, with their boxes.")
+    parser = argparse.ArgumentParser(description="A contact sheet: 24 samples of a data set, with their boxes.")
     parser.add_argument("--data", choices=DATASETS, default="synthetic")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
@@ -767,12 +779,14 @@ def main() -> None:
             draw.rectangle([*box.amin(0), *box.amax(0)], outline="red")
         draw.text((2, 2), dataset.classes[sample["label"]], fill="white", stroke_width=1, stroke_fill="black")
         sheet.paste(tile, (i % 6 * side, i // 6 * side))
-    sheet.save(args.out)
+    partial_file = args.out.with_name(f"partial-{args.out.name}")
+    sheet.save(partial_file)
+    partial_file.replace(args.out)
     print(*dataset.notes, f"{args.out}: {len(dataset)} samples, {len(dataset.classes)} classes", sep="\n")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (DataError, OSError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"data.py: error: {error}")
