@@ -62,8 +62,8 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def _decode(path, at_least=None, header_only=False) -> tuple[Image.Image | None, tuple[int, int]]:
-    """The upright RGB picture and the size (width, height) of the upright original. at_least=(width, height) lets a JPEG
-    come at 1/2, 1/4 or 1/8 of its size, which is cheap to decode, but no smaller than that."""
+    """The upright RGB picture and the size (width, height) of its upright original. at_least=(width, height) lets a
+    JPEG come at 1/2, 1/4 or 1/8 of its size, which is cheap to decode, but no smaller than that."""
     try:
         with Image.open(path) as image:
             sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)       # EXIF orientation: rows are columns
@@ -103,7 +103,7 @@ def random_view(size, img_size, rng: np.random.Generator) -> tuple[float, float,
 
 
 def fixed_view(size, img_size, crop: int | None = None) -> tuple[float, float, float, float]:
-    """The whole picture; with crop=SIZE, the central img_size (height, width) once its shorter side is resized to SIZE."""
+    """The whole picture; with crop=SIZE, its centre: img_size (height, width) once the shorter side is resized to SIZE."""
     (width, height), (h, w) = size, img_size
     if crop is None:
         return 0.0, 0.0, float(width), float(height)
@@ -123,8 +123,8 @@ def load_image(path: str | Path, img_size, crop: int | None = None, rng: np.rand
 
 
 def _resize(picture: Image.Image, size, view, img_size) -> np.ndarray:
-    """(H, W, 3) uint8: the view of a picture, mirrored where x0 > x1. The view is in pixels of an original of `size`, of
-    which the picture may be a reduced copy."""
+    """(H, W, 3) uint8: the view of a picture, mirrored where x0 > x1. The view is in pixels of an original of `size`,
+    of which the picture may be a reduced copy."""
     sx, sy = picture.width / size[0], picture.height / size[1]
     left, right = sorted((view[0], view[2]))
     box = left * sx, view[1] * sy, min(right * sx, picture.width), min(view[3] * sy, picture.height)     # min: rounding
@@ -144,7 +144,7 @@ def denormalise(image: torch.Tensor) -> np.ndarray:
 
 
 def clip_boxes(boxes: torch.Tensor, view) -> torch.Tensor:
-    """(M, 4) xyxy cut to a view or to (0, 0, width, height). A box outside keeps its row, without area: a certain miss."""
+    """(M, 4) xyxy cut to a view or to (0, 0, width, height). A box outside keeps its row, with no area: a sure miss."""
     x0, y0, x1, y1 = view
     return torch.stack((boxes[:, 0::2].clamp(x0, x1), boxes[:, 1::2].clamp(y0, y1)), 2).flatten(1)
 
@@ -198,8 +198,8 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     """One bird, a pure function of its arguments: (picture (h, w, 3) uint8, label, palette, box xyxy in pixels).
 
     The species is the hue and the marking of the head, an eighth to a fifth of the picture across; berries lie about in
-    the same hues. The body's palette is the species' own in PALETTE_CUE of the birds, else any; shape, plumage, pose, place
-    and scenery are free. The box covers head, beak, body, tail and legs."""
+    the same hues. The body's palette is the species' own in PALETTE_CUE of the birds, else any; shape, plumage, pose,
+    place and scenery are free. The box covers head, beak, body, tail and legs."""
     height, width = size
     rng = np.random.default_rng((stream, index))
     uniforms = iter(rng.random(256).tolist())
@@ -307,8 +307,8 @@ def _bird(u, label, palette):
 
     body = _superellipse(power) * (1, deep)
     add(coat, body)
-    add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6), (0.75, deep * 0.55), (-0.35, -deep * 0.9))      # neck
-    add(light, body[1:14], body[13:0:-1] * (1, 0.25))                                                           # belly
+    add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6), (0.75, deep * 0.55), (-0.35, -deep * 0.9))  # neck
+    add(light, body[1:14], body[13:0:-1] * (1, 0.25))                                                              # belly
     plumage = u(0, 1)
     if plumage < 0.35:                                                          # striped, spotted or plain
         pitch, lean = u(0.22, 0.34), u(0, 0.12)
@@ -348,9 +348,9 @@ def _draw_birds(stream, size, indices):
 
 
 class Birds(Dataset):
-    """Synthetic birds, drawn once, on all cores, and kept in memory; 12,000 of 64 x 64 take 150 MB. Drawn at the network's
-    size, they are shifted in training (up to 3/32 of the size, reflected at the border) and mirrored: the resized crop
-    that photographs get would only blur them."""
+    """Synthetic birds, drawn once, on all cores, and kept in memory: 12,000 of 64 x 64 take 150 MB. They are drawn at the
+    network's size, so in training they are shifted (by up to 3/32 of it, reflected at the border) and mirrored; the
+    resized crop that photographs get would only blur them."""
 
     def __init__(self, split: str, img_size, limit=None, crop=None, augment=False, seed=0):
         self.name, self.split, self.img_size, self.crop = "synthetic", split, img_size, crop
@@ -360,7 +360,7 @@ class Birds(Dataset):
         chunks = [self.indices[i:i + 250] for i in range(0, len(self.indices), 250)]
         draw = partial(_draw_birds, BIRD_STREAMS[split], img_size)
         processes = min(_cores(), len(chunks))
-        if processes > 1:       # forked: a spawned one imports torch first, and reruns a script without a __main__ guard
+        if processes > 1:       # forked: spawned ones import torch first, and rerun a script without a __main__ guard
             with ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), _ignore_interrupt) as pool:
                 drawn = list(pool.map(draw, chunks))
         else:
@@ -430,8 +430,8 @@ class Paths:
 
 
 class Samples(NamedTuple):
-    """What a reader of annotations returns: image i is folder / paths[i], of class classes[labels[i]], with a list boxes[i]
-    of (xmin, ymin, xmax, ymax)."""
+    """What a reader of annotations returns: image i is folder / paths[i], of class classes[labels[i]], and boxes[i] is a
+    list of (xmin, ymin, xmax, ymax)."""
     classes: list[str]
     folder: Path
     paths: Paths
@@ -540,8 +540,8 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
     for number, path in map(images.get, keys):
         if not os.path.isfile(root / "images" / path):
             raise DataError(f"{root / 'images' / path}: no such image (images.txt:{number})")
-    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images",
-                   Paths(images[key][1] for key in keys), [labels[key] for key in keys], [[boxes[key]] for key in keys], [])
+    names, paths = [classes[i + 1][1] for i in range(len(classes))], Paths(images[key][1] for key in keys)
+    return Samples(names, root / "images", paths, [labels[key] for key in keys], [[boxes[key]] for key in keys], [])
 
 
 def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
@@ -580,7 +580,8 @@ def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
     for i, path in enumerate(paths):
         if (twin := stems.setdefault(Path(path).stem, i)) != i:
             raise DataError(f"{folder / path}: shares its name with {paths[twin]}, needs its own for its annotation")
-    annotations = first(*(root / name / "val" for name in ("ILSVRC/Annotations/CLS-LOC", "Annotations/CLS-LOC", "Annotations")))
+    annotations = first(root / "ILSVRC/Annotations/CLS-LOC/val", root / "Annotations/CLS-LOC/val",
+                        root / "Annotations/val")
     files = {file.stem: file for file in sorted((annotations or folder).rglob("*.xml"))}
     if labels is None and not files:
         raise DataError(f"{annotations or folder}: no XML annotations, needs them for the labels of {folder}")
@@ -625,8 +626,8 @@ def _read_xml(file: Path, wnid: str | None) -> tuple[str, list]:
 
 
 def read_folder(root: Path, split: str, limit: int | None) -> Samples:
-    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's folders, sorted. boxes.csv,
-    if any, has rows path,xmin,ymin,xmax,ymax, any number per image, the path from root; the words may head it."""
+    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's folders, sorted.
+    boxes.csv, if any, has rows path,xmin,ymin,xmax,ymax, the path from root, any number per image; the words may head it."""
     classes = _names(root / "train", folders=True)
     paths, labels = _by_class(root / split, classes, complete=split == "train")
     kept = _spread(len(paths), limit)
@@ -642,8 +643,8 @@ def read_folder(root: Path, split: str, limit: int | None) -> Samples:
             try:
                 box = _box(*numbers)
             except ValueError:
-                raise DataError(f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs path,xmin,ymin,xmax,ymax, "
-                                "finite, xmin < xmax, ymin < ymax") from None
+                raise DataError(f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs path,xmin,ymin,xmax,ymax "
+                                "with finite xmin < xmax, ymin < ymax") from None
             if name in boxes:
                 boxes[name].append(box)
             elif not os.path.isfile(root / name):
@@ -716,9 +717,9 @@ def has_split(name: str, root: str | Path | None, split: str) -> bool:
 
 def load_dataset(name: str, root: str | Path | None, split: str, img_size, *, limit: int | None = None,
                  crop: int | None = None, augment: bool | None = None, seed: int = 0) -> Dataset:
-    """A data set as at the top of this file. img_size is an int or (height, width). limit keeps that many samples, evenly
-    spread. augment, by default on for split="train", takes random views, from (seed, dataset.epoch, index): set epoch
-    before each epoch. crop=SIZE is for test pictures (see fixed_view). Raises DataError."""
+    """A data set as at the top of this file. img_size is an int or (height, width). limit keeps that many samples,
+    evenly spread. augment, by default on for split="train", takes random views, from (seed, dataset.epoch, index): set
+    epoch before each epoch. crop=SIZE is for test pictures (see fixed_view). Raises DataError."""
     augment, img_size = split == "train" if augment is None else augment, _pair(img_size)
     if name not in DATASETS:
         raise DataError(f"no data set {name!r}: needs one of {', '.join(DATASETS)}")
@@ -734,8 +735,8 @@ def load_dataset(name: str, root: str | Path | None, split: str, img_size, *, li
 
 
 def collate(samples: list[dict]) -> dict:
-    """A batch: image (B, 3, H, W), label, index and palette (B,) int64, size (B, 2) int64, view (B, 4) float32; boxes and
-    path are lists."""
+    """A batch: image (B, 3, H, W), label, index and palette (B,) int64, size (B, 2) int64, view (B, 4) float32; boxes
+    and path are lists."""
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     batch["image"] = torch.stack(batch["image"])
     for key in batch.keys() & {"label", "index", "palette", "size"}:
