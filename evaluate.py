@@ -312,29 +312,26 @@ def score_batch(
     """The `images` entries of Scores for one batch."""
     images, labels = batch["image"].to(device), batch["label"].to(device)
     started = now(device)
-    seen = model.localize(images)  # the predicted class's maps
-    wrong = (seen.classes[:, 0] != labels).nonzero()[:, 0]
-    told = model.localize(images[wrong], labels[wrong, None])  # the label's, where it is another
+    localization = model.localize(images, torch.stack([torch.full_like(labels, -1), labels], 1))  # K = 2: predicted, label
     forwarded = now(device)
     truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
-    part = {"label": labels, "top5": seen.logits.topk(min(5, seen.logits.shape[1])).indices, "size": batch["size"],
-            "view": batch["view"], "baseline": baseline_iou(truth, model.img_size)}
+    part = {"label": labels, "top5": localization.logits.topk(min(5, localization.logits.shape[1])).indices,
+            "size": batch["size"], "view": batch["view"], "baseline": baseline_iou(truth, model.img_size)}
     if couplings:
-        truth = truth.to(device)
-        box, iou, any_iou = score_maps(stack_couplings(seen, couplings), truth, model.img_size, thresholds)
-        oracle_box, oracle_iou, oracle_any = box.clone(), iou.clone(), any_iou.clone()
-        if len(wrong) and (by_class := [c for c in couplings if c not in ATTENTION_LABELS]):
-            at = wrong[:, None], torch.tensor([couplings.index(c) for c in by_class], device=wrong.device)
-            oracle_box[at], oracle_iou[at], oracle_any[at] = score_maps(
-                stack_couplings(told, by_class), truth[wrong], model.img_size, thresholds)
-        part["oracle"] = torch.stack([oracle_iou >= 0.5, *(oracle_any >= bar for bar in (0.3, 0.5, 0.7))], -1)
-        part["box"], part["iou"] = (oracle_box, oracle_iou) if gt_class else (box, iou)
+        maps, label_maps = stack_couplings(localization, couplings).unbind(2)  # (B, Q, h, w) each
+        found = score_maps(maps, truth.to(device), model.img_size, thresholds)
+        other = (maps != label_maps).flatten(2).any(2).any(1).nonzero()[:, 0]  # the images whose label's maps are others
+        told = [values.clone() for values in found]
+        for values, label_values in zip(told, score_maps(label_maps[other], truth[other.cpu()].to(device), model.img_size, thresholds)):
+            values[other] = label_values
+        box, iou, _ = told if gt_class else found
+        _, told_iou, told_any = told
+        oracle = torch.stack([told_iou >= 0.5, *(told_any >= bar for bar in (0.3, 0.5, 0.7))], -1)  # (B, Q, T, 4)
+        part |= {"box": box, "iou": iou, "oracle": oracle}
     if keep_maps:
-        part |= {"cls_map": seen.cls_map, "relation_map": seen.relation_map}
-        if seen.class_maps is not None:
-            part["class_map"] = seen.class_maps[:, 0].clone()
-            if gt_class:
-                part["class_map"][wrong] = told.class_maps[:, 0]
+        part |= {"cls_map": localization.cls_map, "relation_map": localization.relation_map}
+        if localization.class_maps is not None:
+            part["class_map"] = localization.class_maps[:, int(gt_class)]
     part = {key: value.cpu().numpy() for key, value in part.items()} | {"path": batch["path"], "boxes": batch["boxes"]}
     seconds["forward"] += forwarded - started
     seconds["boxes"] += now(device) - forwarded
@@ -348,8 +345,8 @@ def now(device: str | torch.device) -> float:
 
 
 def stack_couplings(localization: Localization, couplings: Sequence[str]) -> Tensor:
-    """The first class's fused map under each coupling: (B, Q, h, w)."""
-    return torch.stack([fuse(localization, coupling)[:, 0] for coupling in couplings], 1)
+    """The fused maps of K classes under each of Q couplings: (B, Q, K, h, w)."""
+    return torch.stack([fuse(localization, coupling) for coupling in couplings], 1)
 
 
 def enlarge(maps: Tensor, img_size: tuple[int, int]) -> Tensor:
@@ -652,15 +649,13 @@ def look(
     """Localises the images again, for pictures: scoring keeps no maps."""
     batch = data.collate([dataset[int(i)] for i in indices])
     images = batch["image"].to(next(model.parameters()).device)
-    localization = model.localize(images)
-    predicted = localization.logits.argmax(1).tolist()
-    if gt_class:
-        localization = model.localize(images, batch["label"].to(images.device)[:, None])
-    maps = enlarge(stack_couplings(localization, couplings), model.img_size)  # (n, Q, H, W)
+    classes = batch["label"] if gt_class else torch.full_like(batch["label"], -1)
+    localization = model.localize(images, classes.to(images.device)[:, None])
+    maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)  # (n, Q, H, W)
     box = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4).cpu()
     truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (n, M, 4)
     iou = box_iou(box[:, :, None], truth[:, None]).amax(-1)
-    return Seen(data.denormalise(batch["image"]), batch["view"], batch["label"].tolist(), predicted,
+    return Seen(data.denormalise(batch["image"]), batch["view"], batch["label"].tolist(), localization.logits.argmax(1).tolist(),
                 [t[:len(b)] for t, b in zip(truth, batch["boxes"])], stretch(maps).cpu(), box, iou)
 
 
@@ -879,7 +874,7 @@ def own_pictures(
         if not batch:
             continue
         localization = model.localize(torch.stack([image for _, image, _, _ in batch]).to(device))
-        maps = enlarge(stack_couplings(localization, [coupling]), model.img_size)[:, 0]  # (B, H, W)
+        maps = enlarge(stack_couplings(localization, [coupling])[:, 0], model.img_size)[:, 0]  # (B, H, W)
         boxes = largest_boxes(maps, [threshold]).cpu()  # (B, 1, 4)
         boxes = to_image(boxes, torch.tensor([view for _, _, view, _ in batch]), model.img_size)[:, 0]  # (B, 4)
         top = localization.logits.softmax(1).cpu().topk(min(5, len(classes)))
