@@ -9,7 +9,10 @@ Reading order is the paper's: tokens (Eq. 1), attention and its two maps (Eq. 4,
 Whatever costs time goes through `kernels`: Triton on CUDA, torch elsewhere, each beside a naive twin.
 """
 
+import json
 import math
+import operator
+import os
 from typing import NamedTuple
 
 import torch
@@ -113,7 +116,7 @@ class VisionTransformer(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = two_sides(img_size)
         if any(side % patch_size or side < 1 for side in self.img_size):
             raise ValueError(f"img_size: got {img_size}, need multiples of patch_size {patch_size}")
         if embed_dim % num_heads:
@@ -161,6 +164,10 @@ class VisionTransformer(nn.Module):
         if noise is None:
             noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
         return (noise >= rates) / (1 - rates)
+
+
+def two_sides(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -348,77 +355,164 @@ def fuse(localization: Localization, coupling: str = "relation") -> Tensor:
 
 # ---------------------------------------------------------------- weights from files
 
+DEIT_FILES = {  # torch.hub checks the hash that the name carries
+    name: f"https://dl.fbaipublicfiles.com/deit/{name}_patch16_224-{digest}.pth"
+    for name, digest in (("deit_tiny", "a1311bcf"), ("deit_small", "cd65a155"), ("deit_base", "b5f2ef4d"))
+}
+AUTHORS_NAMES = {  # the released LCTR code's -> ours
+    "conv3x3.": "cdm.conv.",
+    "CDM._routing_fn_two.fc.": "cdm.score_avg.",
+    "CDM._routing_fn_two.fc2.": "cdm.score_max.",
+    "CDM.": "cdm.",
+}
+HEADS = ("cdm.", "head.", "classifier.")
+MODEL_FLAGS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path", "head", "num_kernels",
+               "kernel_size", "scorer", "erase", "pool")
+
 
 class LoadReport(NamedTuple):
-    """Which parameters load_pretrained took from the file as they are, which resized, which stay new, what it ignored."""
+    """Parameters by what load_pretrained did: taken as they are, resized, converted from other conventions; left new; ignored."""
 
     loaded: list[str]
     resized: list[str]
+    converted: list[str]
     new: list[str]
     ignored: list[str]
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"  {name:8} {len(keys):3}  {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
-            for name, keys in self._asdict().items() if keys
-        )
+        return "\n".join(f"  {name:9} {len(keys):3}  {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+                         for name, keys in self._asdict().items() if keys)
 
 
 def load_pretrained(model: VisionTransformer, path: str) -> LoadReport:
-    """Loads the backbone of a DeiT / timm ViT state dict by name, in any float dtype; heads stay new.
+    """Loads a backbone from a file of weights, in any float dtype; heads stay new.
 
-    pos_embed is resized bicubically to the model's grid. Raises ValueError, naming the file, where it cannot be read,
-    where a parameter has another shape (named) or is not finite, and where nothing of the backbone matches.
+    path: a .safetensors or torch file of a timm ViT or DeiT (distilled ones too), DINOv2, TS-CAM, the released LCTR or this
+    project, or deit_tiny, deit_small, deit_base, which torch.hub downloads once. A LayerScale is folded into the
+    projections, a distillation token dropped; pos_embed and the patch convolution are resized bicubically.
+    Raises ValueError, naming the file, where it cannot be read or downloaded, where a parameter has another shape (named)
+    or is not finite, and where nothing of the backbone matches.
     """
-    state = read_weights(path)
-    state = state.get("model", state.get("state_dict", state))
-    return load_backbone(model, state, path)
+    content = read_weights(path)
+    state, converted = to_own_names(content.get("model", content.get("state_dict", content)), path)
+    config = content.get("config")
+    grid = None
+    if isinstance(config, dict) and "img_size" in config:  # this project's: the grid need not be square
+        grid = tuple(side // config["patch_size"] for side in two_sides(config["img_size"]))
+    return load_backbone(model, state, path, converted, grid)
 
 
-def load_backbone(model: VisionTransformer, state: dict[str, Tensor], source: str) -> LoadReport:
-    """Copies the backbone's parameters from a state dict that `source` names in errors."""
+def load_backbone(
+    model: VisionTransformer, state: dict[str, Tensor], source: str, converted: list[str] = [], grid: tuple | None = None
+) -> LoadReport:
+    """load_pretrained for a state dict in this project's names, which errors call `source`; grid: its (h, w), else square."""
     own = model.state_dict()
-    backbone = [key for key in own if not key.startswith(("cdm.", "head.", "classifier."))]
-    report = LoadReport([], [], [key for key in own if key not in backbone], [k for k in state if k not in backbone])
+    backbone = [key for key in own if not key.startswith(HEADS)]
+    report = LoadReport([], [], [], [key for key in own if key not in backbone], [k for k in state if k not in backbone])
+    if not set(backbone) & set(state):
+        raise ValueError(f"{source}: no parameter of a ViT's backbone (cls_token, blocks.0.attn.qkv.weight, ...) in it: "
+                         f"looks like {describe(state)}")
     update = {}
     for key in backbone:
-        value = state.get(key)
-        if value is None:
+        if key not in state:
             report.new.append(key)
             continue
-        if not isinstance(value, Tensor) or not value.isfinite().all():
-            raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
-        value, size = value.float(), tuple(value.shape)
-        if key == "pos_embed" and value.ndim == 3 and size != own[key].shape:
-            value = resize_pos_embed(value, model.grid)
-        if value.shape != own[key].shape:
-            raise ValueError(f"{source}: {key}: found shape {size}, need {tuple(own[key].shape)}")
-        (report.loaded if size == own[key].shape else report.resized).append(key)
+        value = state[key].float()
+        need = own[key].shape
+        if key == "pos_embed" and value.shape != need:
+            value = resize_pos_embed(value, grid, model.grid)
+        elif key == "patch_embed.proj.weight" and value.ndim == 4 and value.shape[:2] == need[:2]:
+            value = resize_patches(value, need[-1])
+        if value.shape != need:
+            raise ValueError(f"{source}: {key}: found shape {tuple(state[key].shape)}, need {tuple(need)}: "
+                             f"looks like {describe(state)}")
+        kind = report.resized if value.shape != state[key].shape else report.converted if key in converted else report.loaded
+        kind.append(key)
         update[key] = value
-    if not update:
-        raise ValueError(f"{source}: no parameter of a ViT backbone (cls_token, blocks.0.attn.qkv.weight, ...) among "
-                         f"its {len(state)} keys")
     model.load_state_dict(update, strict=False)
     return report
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of the patch part of (1, 1 + n*n, D) to the grid (h, w) -> (1, 1 + h*w, D)."""
-    cls_token, patches = pos_embed[:, :1], pos_embed[:, 1:]
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
+def to_own_names(state: dict, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """A foreign state dict in this project's names and conventions, and which of its parameters that changed."""
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or not value.isfinite().all():
+            raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
+    own, converted = {}, []
+    for key, value in state.items():
+        key = key.removeprefix("module.")  # nn.DataParallel's
+        for foreign, name in AUTHORS_NAMES.items():
+            if key.startswith(foreign):
+                key = name + key.removeprefix(foreign)
+                converted.append(key)
+                break
+        own[key] = value
+    if "dist_token" in own and own.get("pos_embed", value).ndim == 3:  # DeiT's distillation token sits after the class token
+        own["pos_embed"] = torch.cat([own["pos_embed"][:, :1], own["pos_embed"][:, 2:]], 1)
+        converted.append("pos_embed")
+    for key in [key for key in own if key.endswith((".ls1.gamma", ".ls2.gamma"))]:  # x + gamma * (W x + b)
+        gamma = own.pop(key).float()
+        linear = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        for name, scale in ((f"{linear}.weight", gamma[:, None]), (f"{linear}.bias", gamma)):
+            own[name] = own[name].float() * scale
+            converted.append(name)
+    return own, converted
+
+
+def resize_pos_embed(pos_embed: Tensor, source: tuple[int, int] | None, grid: tuple[int, int]) -> Tensor:
+    """Bicubic resize of the patch part of (1, 1 + h'*w', D) to the grid (h, w) -> (1, 1 + h*w, D); left alone if no grid fits."""
+    if source is None:
+        source = (math.isqrt(pos_embed.shape[1] - 1),) * 2
+    if pos_embed.ndim != 3 or source[0] * source[1] != pos_embed.shape[1] - 1:
         return pos_embed
-    patches = patches.mT.unflatten(2, (side, side))  # (1, D, n, n)
+    patches = pos_embed[:, 1:].mT.unflatten(2, source)  # (1, D, h', w')
     patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)  # (1, D, h, w)
-    return torch.cat([cls_token, patches.flatten(2).mT], 1)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT], 1)
+
+
+def resize_patches(weight: Tensor, size: int) -> Tensor:
+    """Bicubic resize of the patch convolution (D, 3, P', P') to P x P, scaled so that a plain patch keeps its embedding."""
+    if weight.shape[-1] == size:
+        return weight
+    return F.interpolate(weight, (size, size), mode="bicubic", align_corners=False) * (weight.shape[-1] / size) ** 2
+
+
+def describe(state: dict) -> str:
+    """What a state dict looks like, in a few words."""
+    for key, name in (("relative_position_bias_table", "a Swin transformer"), ("layer1.0.conv1", "a ResNet"),
+                      ("features.0.weight", "a VGG"), ("stages.0", "a ConvNeXt")):
+        if any(key in own for own in state):
+            return name
+    try:
+        a = architecture(state)
+    except (KeyError, IndexError, AttributeError):
+        return f"none of ours ({', '.join(map(str, list(state)[:3])) or 'empty'}{', ...' if len(state) > 3 else ''})"
+    known = [name for name, sizes in ARCHITECTURES.items() if sizes == (a["embed_dim"], a["depth"], a["num_heads"])]
+    return (f"a ViT of width {a['embed_dim']}, {a['depth']} blocks, patch {a['patch_size']}"
+            + "".join(f" (--arch {name})" for name in known))
+
+
+def architecture(state: dict[str, Tensor]) -> dict:
+    """LCTR's sizes, read off the shapes of a ViT's parameters; heads are 64 wide, as in every DeiT."""
+    embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
+    return dict(
+        patch_size=patch_size, embed_dim=embed_dim, num_heads=max(1, embed_dim // 64),
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        img_size=patch_size * math.isqrt(state["pos_embed"].shape[1] - 1),
+    )
 
 
 def read_weights(path: str) -> dict:
-    """The dict in a torch file, read without running anything that the file holds. Raises ValueError naming the file."""
+    """The dict in a file of weights, read without running anything in it. Raises ValueError naming the file."""
+    path = str(path)
+    if path in DEIT_FILES:
+        return download(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file fails in many ways inside torch; all mean the same to its owner
         raise ValueError(f"{path}: not a file of weights that torch can read without running code "
                          f"({type(error).__name__})") from None
@@ -427,17 +521,56 @@ def read_weights(path: str) -> dict:
     return content
 
 
-MODEL_FLAGS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path", "head", "num_kernels",
-               "kernel_size", "scorer", "erase", "pool")
+def download(name: str) -> dict:
+    """The state dict of an official DeiT file, from torch.hub's cache where it lies there."""
+    url, folder = DEIT_FILES[name], os.path.join(torch.hub.get_dir(), "checkpoints")
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no network, no disk; a wrong hash
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{name}: cannot download {url} ({reason}): put that file into {folder}, "
+                         "or give a file's path") from None
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+                      "BOOL": torch.bool}
+
+
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    """A .safetensors file: the header's length (8 bytes, little-endian), a JSON header, then raw tensors. Raises ValueError."""
+    with open(path, "rb") as file:
+        content = bytearray(file.read())
+    length = int.from_bytes(content[:8], "little")
+    if not 2 <= length <= len(content) - 8:
+        raise ValueError(f"its header claims {length} bytes, the file has {len(content)}")
+    try:
+        header = json.loads(content[8:8 + length])
+        entries = [(key, SAFETENSORS_DTYPES[entry["dtype"]], [operator.index(n) for n in entry["shape"]],
+                    *(operator.index(n) for n in entry["data_offsets"])) for key, entry in header.items() if key != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header is not a safetensors header ({type(error).__name__}: {error})") from None
+    data, tensors = memoryview(content)[8 + length:], {}
+    for key, dtype, shape, start, end in entries:
+        if min(shape, default=1) < 0 or not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{key}: {dtype} of shape {shape} does not fit bytes {start} to {end} of {len(data)}")
+        tensors[key] = torch.frombuffer(data[start:end], dtype=dtype).view(shape) if end > start else torch.empty(shape, dtype=dtype)
+    return tensors
 
 
 def load_checkpoint(path: str) -> tuple[LCTR, dict]:
-    """The model of a checkpoint that train.py wrote, in eval mode, and the checkpoint. Raises ValueError naming the file."""
+    """The model of a checkpoint, in eval mode, and the checkpoint's dict. Raises ValueError naming the file.
+
+    Besides train.py's own, it takes the state dicts of the released LCTR, TS-CAM and DeiT: their sizes are read off the
+    shapes, the class names they lack are None, and the released LCTR pools as its code does ("padded").
+    """
     checkpoint = read_weights(path)
-    missing = [key for key in ("model", "config", "classes") if key not in checkpoint]
+    if "config" not in checkpoint:
+        return load_foreign(checkpoint, str(path))
+    missing = [key for key in ("model", "classes", "phase") if key not in checkpoint]
     if missing:
         raise ValueError(f"{path}: no {', '.join(missing)} in it: need a checkpoint that train.py wrote")
-    if checkpoint.get("phase") == "pretrain":
+    if checkpoint["phase"] != "main":
         raise ValueError(f"{path}: still in its pretraining phase: let train.py --resume finish it")
     try:
         config = checkpoint["config"]
@@ -447,3 +580,30 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path}: its weights do not fit its own config: {reason}") from None
     return model.eval(), checkpoint
+
+
+def load_foreign(content: dict, path: str) -> tuple[LCTR, dict]:
+    """load_checkpoint for the authors', TS-CAM's and DeiT's files."""
+    state, _ = to_own_names(content.get("model", content.get("state_dict", content)), path)
+    try:
+        config = architecture(state) | {"drop_path": 0.0, "pool": "gap"}
+        if "cdm.weight" in state:
+            G, C, _, k, _ = state["cdm.weight"].shape
+            scorer = {(True, True): "separate", (True, False): "gap"}.get(
+                ("cdm.score_avg.weight" in state, "cdm.score_max.weight" in state), "gmp")
+            config |= {"head": "cdm", "num_kernels": G, "kernel_size": k, "scorer": scorer, "pool": "padded"}
+        elif state["head.weight"].ndim == 4:
+            C, _, k, _ = state["head.weight"].shape
+            config |= {"head": "conv", "kernel_size": k}
+        else:
+            C = len(state["head.weight"])
+            config |= {"head": "token"}
+            state |= {"classifier.weight": state["head.weight"], "classifier.bias": state["head.bias"]}
+        model = LCTR(C, **config)
+        own = model.state_dict()
+        model.load_state_dict({key: state[key] for key in own})
+    except (KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"{path}: not a checkpoint of train.py, LCTR, TS-CAM or DeiT ({reason}): "
+                         f"looks like {describe(state)}") from None
+    return model.eval(), {"model": own, "config": config, "classes": None, "phase": "main", "metrics": {}}

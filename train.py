@@ -53,7 +53,6 @@ FREE_FLAGS = ("out", "workers", "device", "eval_every", "checkpoint_every", "res
 PHASES = ("pretrain", "main")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 LOG_EVERY = 10  # steps
-EVAL_BATCH = 64  # images
 
 
 # ---------------------------------------------------------------- flags
@@ -303,11 +302,11 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
 
         best = phase == "main" and step == total and not val_set
         if phase == "main" and val_set and ((epoch + 1) % config["eval_every"] == 0 or step == total):
-            scores = evaluate.score(model, val_set, batch_size=EVAL_BATCH, device=device, workers=config["workers"])
-            found = evaluate.summarise(scores, evaluate.DEFAULT_THRESHOLD)
-            best = found["top1_cls"] >= metrics.get("best_top1_cls", 0)
-            metrics = {"top1_cls": found["top1_cls"], "best_top1_cls": max(found["top1_cls"], metrics.get("best_top1_cls", 0))}
-            log(out, {"phase": phase, "epoch": epoch, "step": step, "val_top1_cls": found["top1_cls"]})
+            scores = evaluate.score(model, val_set, couplings=(), device=device, workers=config["workers"])
+            top1_cls = evaluate.summarise(scores, evaluate.DEFAULT_THRESHOLD)["top1_cls"]
+            best = top1_cls >= metrics.get("best_top1_cls", 0)
+            metrics = {"top1_cls": top1_cls, "best_top1_cls": max(top1_cls, metrics.get("best_top1_cls", 0))}
+            log(out, {"phase": phase, "epoch": epoch, "step": step, "val_top1_cls": top1_cls})
         if best:
             checkpoint("best.pt")
         checkpoint("last.pt")
@@ -381,6 +380,8 @@ def train(flags: argparse.Namespace) -> None:
         say(f"{out} is finished: its metrics are in {out / 'metrics.json'}")
         return
 
+    if process()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
     load = functools.partial(data.load_dataset, flags.data, flags.root, img_size=flags.img_size, seed=flags.seed)
     train_set = load(split="train", limit=flags.limit_train)
     val_set = load(split="val", limit=flags.limit_test) if has_val else None
@@ -389,61 +390,62 @@ def train(flags: argparse.Namespace) -> None:
         say(f"note: {note}")
 
     if process()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "metrics.json").unlink(missing_ok=True)
         cut_log(out, saved)
         evaluate.write_atomic(out / "config.json", lambda file: file.write(json.dumps(config, indent=2).encode()))
-    device = torch.device(flags.device)
-    backbone = None
-    if flags.pretrain_epochs and not (saved and saved["phase"] == "main"):
+
+    device, classes, backbone = torch.device(flags.device), len(train_set.classes), None
+
+    def start(head: str, outputs: int) -> LCTR:
+        """A phase's model as it begins: new from the seed, but for what is saved, pretrained here, or pretrained in a file."""
         torch.manual_seed(flags.seed)
-        model = build(config, len(train_set.classes) + getattr(train_set, "num_palettes", 0), head="token")
-        if flags.pretrained:
-            say(f"backbone from {flags.pretrained}:\n{load_pretrained(model, flags.pretrained)}")
+        model = build(config, outputs, head=head)
         if saved:
             model.load_state_dict(saved["model"])
-        fit(model.to(device), "pretrain", train_set, None, config, saved)
-        backbone, saved = model.state_dict(), None
+        elif backbone:
+            load_backbone(model, backbone, "pretraining")
+        elif flags.pretrained:
+            say(f"backbone from {flags.pretrained}:\n{load_pretrained(model, flags.pretrained)}")
+        return model.to(device)
 
-    torch.manual_seed(flags.seed)
-    model = build(config, len(train_set.classes))
-    if saved:
-        model.load_state_dict(saved["model"])
-    elif backbone:
-        load_backbone(model, backbone, "the pretraining phase")
-    elif flags.pretrained:
-        say(f"backbone from {flags.pretrained}:\n{load_pretrained(model, flags.pretrained)}")
-    fit(model.to(device), "main", train_set, val_set, config, saved)
+    if flags.pretrain_epochs and not (saved and saved["phase"] == "main"):
+        model = start("token", classes + getattr(train_set, "num_palettes", 0))
+        fit(model, "pretrain", train_set, None, config, saved)
+        backbone, saved = model.state_dict(), None
+    model = start(flags.head, classes)
+    fit(model, "main", train_set, val_set, config, saved)
 
     best = read_weights(out / "best.pt")
     model.load_state_dict(best["model"])
-    score = functools.partial(evaluate.score, model, batch_size=EVAL_BATCH, device=device, workers=flags.workers)
-    coupling = evaluate.default_coupling(model)
-    threshold = config["threshold"]
+    score = functools.partial(evaluate.score, model, device=device, workers=flags.workers)
+    coupling, threshold = evaluate.default_coupling(model), config["threshold"]
     if threshold == "auto":
-        threshold = evaluate.best_threshold(score(val_set), coupling)
-    scores = score(test_set)
-    metrics = evaluate.summarise(scores, threshold)
+        threshold = evaluate.best_threshold(score(val_set, couplings=(coupling,)), coupling)
+    scores = score(test_set, threshold=threshold)
     if process()[0] == 0:
         best["metrics"] = {**best["metrics"], "threshold": threshold}
         write_checkpoint(out / "best.pt", best)
+        metrics = evaluate.summarise(scores, threshold)
         evaluate.report(out, model, test_set, scores, metrics, coupling, threshold)
-    say(evaluate.format_table(metrics))
+        print(f"\n{evaluate.format_table(metrics, coupling)}\n\npictures: {out / 'gallery.png'}, {out / 'curve.png'}, {out / 'failures.png'}")
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
-    signal.signal(signal.SIGINT, Interrupt.ask)
+    former = signal.signal(signal.SIGINT, Interrupt.ask)
     try:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if flags.device.startswith("cuda") else "gloo")
         train(flags)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except KeyboardInterrupt:
-        sys.exit(f"train.py: interrupted; the same command with --resume goes on from {Path(flags.out) / 'last.pt'}")
+        print(f"train.py: interrupted: the same command with --resume goes on from {Path(flags.out) / 'last.pt'}", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: error: {error}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """lctr.py against the paper's equations, written out naively here, in float64."""
 
+import json
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import lctr
-from lctr import LCTR, fuse, load_checkpoint, load_pretrained
+from lctr import LCTR, VisionTransformer, fuse, load_checkpoint, load_pretrained
 
 SIZE = dict(img_size=(12, 20), patch_size=4, embed_dim=12, depth=3, num_heads=2)  # grid 3 x 5
 
@@ -266,7 +267,8 @@ def test_load_pretrained_reports_what_the_file_lacks(tmp_path):
     (lambda s: s | {"pos_embed": torch.zeros(1, 18, 12)}, r"pos_embed: found shape \(1, 18, 12\)"),
     (lambda s: s | {"norm.bias": torch.full((12,), math.nan)}, "norm.bias: need a tensor of finite numbers"),
     (lambda s: s | {"norm.bias": "text"}, "norm.bias: need a tensor"),
-    (lambda s: {"module." + k: v for k, v in s.items()}, "no parameter of a ViT backbone"),
+    (lambda s: {"net." + k: v for k, v in s.items()}, "no parameter of a ViT's backbone .* looks like none of ours"),
+    (lambda s: {"layer1.0.conv1.weight": torch.zeros(3)}, "looks like a ResNet"),
 ])
 def test_load_pretrained_refuses_what_does_not_fit(tmp_path, change, words):
     path, _ = saved_backbone(tmp_path, change)
@@ -323,3 +325,168 @@ def test_load_checkpoint_refuses_what_does_not_fit(tmp_path, changes, words):
     with pytest.raises(ValueError, match=words) as caught:
         load_checkpoint(tmp_path / "best.pt")
     assert "best.pt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- foreign weights, each written here in its own convention
+
+
+class LayerScaleViT(torch.nn.Module):
+    """DINOv2's convention: each residual branch is multiplied by a vector; its own attention, for an independent check."""
+
+    def __init__(self, D=12, heads=2, depth=3, patch=4, grid=(3, 5)):
+        super().__init__()
+        nn, self.heads, self.grid = torch.nn, heads, grid
+        self.cls_token = nn.Parameter(torch.randn(1, 1, D))
+        self.mask_token = nn.Parameter(torch.randn(1, D))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid[0] * grid[1], D))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, D, patch, patch)})
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            "norm1": nn.LayerNorm(D, eps=1e-6), "attn": nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)}),
+            "ls1": nn.ParameterDict({"gamma": torch.randn(D)}), "norm2": nn.LayerNorm(D, eps=1e-6),
+            "mlp": nn.ModuleDict({"fc1": nn.Linear(D, 4 * D), "fc2": nn.Linear(4 * D, D)}),
+            "ls2": nn.ParameterDict({"gamma": torch.randn(D)}),
+        }) for _ in range(depth))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        attention = []
+        for block in self.blocks:
+            q, k, v = block["attn"]["qkv"](block["norm1"](x)).chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+            attention.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+            out = (attention[-1] @ v).transpose(1, 2).flatten(2)
+            x = x + block["ls1"]["gamma"] * block["attn"]["proj"](out)
+            x = x + block["ls2"]["gamma"] * block["mlp"]["fc2"](F.gelu(block["mlp"]["fc1"](block["norm2"](x))))
+        return self.norm(x), attention
+
+
+def test_layer_scale_is_folded_exactly(tmp_path):
+    torch.manual_seed(3)
+    foreign = LayerScaleViT()
+    torch.save(foreign.state_dict(), tmp_path / "dino.pth")
+    model = LCTR(3, **SIZE).eval()
+    report = load_pretrained(model, tmp_path / "dino.pth")
+    assert len(report.converted) == 12 and report.ignored == ["mask_token"]
+    x = images(dtype=torch.float32)
+    with torch.no_grad():
+        (tokens, blocks), (expected, attention) = model.forward_features(x, "full"), foreign(x)
+    equal(tokens, expected, 1e-5)
+    for block, A in zip(blocks, attention):
+        equal(block.full, A, 1e-5)
+
+
+def test_a_distilled_deit_loses_its_extra_token_and_head(tmp_path):
+    extra = torch.randn(1, 1, 12)
+
+    def distil(s):
+        pos_embed = torch.cat([s["pos_embed"][:, :1], extra, s["pos_embed"][:, 1:]], 1)
+        return s | {"pos_embed": pos_embed, "dist_token": extra, "head_dist.weight": torch.zeros(9, 12)}
+
+    path, state = saved_backbone(tmp_path, distil, lambda s: {"model": s})
+    model = LCTR(3, **SIZE)
+    report = load_pretrained(model, path)
+    assert report.converted == ["pos_embed"] and report.ignored == ["dist_token", "head_dist.weight"]
+    equal(model.pos_embed.detach(), state["pos_embed"].float())
+
+
+def test_another_patch_size_is_resized_and_keeps_plain_patches(tmp_path):
+    path, state = saved_backbone(tmp_path, img_size=(24, 40), patch_size=8)  # the same grid of larger patches
+    model = LCTR(3, **SIZE)
+    assert load_pretrained(model, path).resized == ["patch_embed.proj.weight"]
+    expected = F.interpolate(state["patch_embed.proj.weight"].float(), (4, 4), mode="bicubic", align_corners=False) * 4
+    equal(model.patch_embed.proj.weight.detach(), expected)
+
+
+def test_a_grid_that_is_not_square_is_known_from_this_projects_config(tmp_path):
+    torch.save(checkpoint(), tmp_path / "best.pt")
+    model = LCTR(3, **SIZE | {"img_size": (24, 20)})  # 3 x 5 -> 6 x 5
+    report = load_pretrained(model, tmp_path / "best.pt")
+    assert report.resized == ["pos_embed"] and "cdm.weight" in report.ignored
+    grid = checkpoint()["model"]["pos_embed"][:, 1:].reshape(1, 3, 5, 12).permute(0, 3, 1, 2)
+    expected = F.interpolate(grid, (6, 5), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).reshape(1, 30, 12)
+    equal(model.pos_embed[:, 1:].detach(), expected)
+
+
+def test_the_authors_checkpoint_is_scored_as_their_code_does(tmp_path):
+    model = make(img_size=16, embed_dim=64, num_heads=1, pool="padded", dtype=torch.float32)
+    renamed = {"cdm.conv.": "conv3x3.", "cdm.score_avg.": "CDM._routing_fn_two.fc.", "cdm.score_max.": "CDM._routing_fn_two.fc2.",
+               "cdm.": "CDM."}
+    state = {}
+    for key, value in model.state_dict().items():
+        prefix = next((own for own in renamed if key.startswith(own)), "")
+        state["module." + renamed.get(prefix, "") + key.removeprefix(prefix)] = value
+    torch.save({"model": state, "epoch": 7}, tmp_path / "lctr.pth")
+    loaded, saved = load_checkpoint(tmp_path / "lctr.pth")
+    x = images(2, (16, 16), torch.float32)
+    assert torch.equal(loaded(x), model(x)) and saved["config"]["pool"] == "padded" and saved["classes"] is None
+    assert not load_pretrained(VisionTransformer(16, 4, 64, 3, 1), tmp_path / "lctr.pth").new
+
+
+@pytest.mark.parametrize("head", ["conv", "token"])
+def test_ts_cams_and_deits_checkpoints_are_scored(tmp_path, head):
+    model = make(img_size=16, embed_dim=128, num_heads=2, head=head, dtype=torch.float32)
+    state = {key.replace("classifier.", "head."): value for key, value in model.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "model.pth")
+    x = images(2, (16, 16), torch.float32)
+    assert torch.equal(load_checkpoint(tmp_path / "model.pth")[0](x), model(x))
+
+
+def safetensors(tensors, names={torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}):
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for key, value in tensors.items():
+        raw = value.contiguous().view(torch.uint8).numpy().tobytes()
+        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_safetensors_hold_the_same_numbers(tmp_path, dtype):
+    state = {k: v.to(dtype) for k, v in make().state_dict().items() if not k.startswith("cdm.")}
+    (tmp_path / "vit.safetensors").write_bytes(safetensors(state))
+    model = LCTR(3, **SIZE)
+    load_pretrained(model, tmp_path / "vit.safetensors")
+    assert all(torch.equal(model.state_dict()[key], value.float()) for key, value in state.items())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
+def test_a_damaged_safetensors_file_works_or_ends_in_one_line(tmp_path, at, byte, cut):
+    whole = bytearray(safetensors({"norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)}))
+    if cut:
+        whole = whole[:at % len(whole)]
+    else:
+        whole[at % len(whole)] = byte
+    (tmp_path / "x.safetensors").write_bytes(whole)
+    try:
+        load_pretrained(LCTR(3, **SIZE), tmp_path / "x.safetensors")
+    except ValueError as error:
+        assert "x.safetensors: " in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("header", [
+    {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 800]}},
+    {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}, {"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
+    {"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 8]}}, {"a": 3}, [], {"a": {"dtype": "F32", "shape": [2]}},
+    {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}},
+], ids=str)
+def test_a_safetensors_header_that_lies_is_refused(tmp_path, header):
+    text = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(ValueError, match="x.safetensors: ") as caught:
+        load_pretrained(LCTR(3, **SIZE), tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
+def test_deit_by_name_uses_the_hubs_cache_and_fails_in_one_line(tmp_path, monkeypatch):
+    def no_network(url, **options):
+        assert options["check_hash"] and options["weights_only"]
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
+    with pytest.raises(ValueError, match=r"deit_small: cannot download https://.*cd65a155.pth .*put that file into") as caught:
+        load_pretrained(LCTR(3), "deit_small")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,339 @@
+"""train.py as its users run it, on a few tiny birds: in this process, but for torchrun."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import train
+from lctr import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 2 --pretrain-epochs 1 "
+        "--limit-train 33 --limit-test 10").split()
+
+
+def run(out, *flags):
+    train.main([*TINY, "--out", str(out), *map(str, flags)])
+    return Path(out)
+
+
+def fails(capsys, *flags, status=1):
+    """Runs train.py, which has to end with one line on standard error and this status; returns the line."""
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(flag) for flag in flags])
+    if isinstance(caught.value.code, str):  # python prints it and exits with 1
+        assert status == 1
+        return caught.value.code
+    assert caught.value.code == status
+    return capsys.readouterr().err
+
+
+def weights(out, name="last.pt"):
+    return torch.load(Path(out) / name, weights_only=True)["model"]
+
+
+def log_lines(out):
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+
+
+def assert_same_run(a, b):
+    for name in ("last.pt", "best.pt"):
+        left, right = weights(a, name), weights(b, name)
+        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    assert log_lines(a) == log_lines(b)
+    assert (a / "predictions.jsonl").read_text() == (b / "predictions.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("finished") / "run")
+
+
+# ---------------------------------------------------------------- one whole run
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    assert {path.name for path in finished.iterdir()} >= {
+        "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.jsonl", "gallery.png", "curve.png"}
+    for name in ("gallery.png", "curve.png"):
+        Image.open(finished / name).verify()
+    assert not [path for path in finished.iterdir() if path.suffix not in (".json", ".jsonl", ".pt", ".png")]
+
+    checkpoint = torch.load(finished / "last.pt", weights_only=True)
+    assert set(checkpoint) >= {"model", "config", "classes", "phase", "epoch", "step", "optimizer", "rng", "metrics"}
+    assert (checkpoint["phase"], checkpoint["epoch"], checkpoint["step"]) == ("main", 2, 8)
+    assert checkpoint["config"] == json.loads((finished / "config.json").read_text())
+    model, best = load_checkpoint(finished / "best.pt")
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert metrics["n"] == 10 and metrics["threshold"] == best["metrics"]["threshold"]
+    assert len((finished / "predictions.jsonl").read_text().splitlines()) == 10
+    steps = [(line["phase"], line["step"]) for line in log_lines(finished) if "loss" in line]
+    assert steps == [("pretrain", 4), ("main", 8)]
+    assert [line["epoch"] for line in log_lines(finished) if "val_top1_cls" in line] == [0, 1]
+
+
+def test_the_main_phase_starts_from_the_pretrained_backbone(tmp_path):
+    out = run(tmp_path / "run", "--max-steps", 1, "--lr", 1e-30)
+    torch.manual_seed(0)
+    fresh = train.build(json.loads((out / "config.json").read_text()), 9)
+    moved = [key for key, value in weights(out).items() if (value - fresh.state_dict()[key]).abs().max() > 1e-20]
+    assert not moved  # nothing is learnt at this rate: both phases started from the seed's weights ...
+    trained = run(tmp_path / "trained", "--max-steps", 1)
+    difference = (weights(trained)["blocks.0.mlp.fc1.weight"] - fresh.blocks[0].mlp.fc1.weight).abs().max()
+    assert difference > 2e-3  # ... and at the usual one, further away than one step of Adam (1e-3) can go
+
+
+def test_data_without_val_uses_the_last_epoch_and_the_fixed_threshold(tmp_path, capsys):
+    root = tmp_path / "pictures"
+    for split, n in (("train", 6), ("test", 2)):
+        for name in ("dots", "lines"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    boxes = "".join(f"test/{name}/{i}.png,1,2,30,40\n" for name in ("dots", "lines") for i in range(2))
+    (root / "boxes.csv").write_text("path,xmin,ymin,xmax,ymax\n" + boxes)
+    flags = ["--data", "folder", "--root", root, "--patch-size", 8, "--batch-size", 4, "--pretrain-epochs", 0]
+    out = run(tmp_path / "run", *flags)
+    assert json.loads((out / "metrics.json").read_text())["threshold"] == 0.2
+    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(out, "best.pt").values()))
+    line = fails(capsys, *TINY, "--out", tmp_path / "auto", *flags, "--threshold", "auto")
+    assert "--threshold" in line and "val" in line
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it, nothing is saved on the way out."""
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    def arm(call):
+        calls, original = iter(range(10**6)), train.learning_rate
+        monkeypatch.setattr(train, "learning_rate", lambda *a: original(*a) if next(calls) != call else kill())
+
+    def kill():
+        monkeypatch.undo()
+        raise Killed
+
+    return arm
+
+
+@pytest.mark.parametrize("steps, flags", [
+    ([1], []), ([3], ["--checkpoint-every", 1]), ([5], []), ([7, 1], ["--checkpoint-every", 3]), ([10, 1, 1], ["--workers", 2]),
+])
+def test_a_killed_run_ends_as_one_never_stopped(tmp_path, finished, kill_at, steps, flags):
+    for step in steps:
+        kill_at(step)
+        with pytest.raises(Killed):
+            run(tmp_path / "run", "--resume", *flags)
+    assert_same_run(run(tmp_path / "run", "--resume", *flags), finished)
+
+
+def test_killed_before_its_last_evaluation(tmp_path, finished, monkeypatch):
+    monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    assert_same_run(run(tmp_path / "run", "--resume"), finished)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, finished, monkeypatch, capsys):
+    original = train.learning_rate
+
+    def interrupt(step, *rest):
+        train.Interrupt.asked = step == 5
+        return original(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", interrupt)
+    message = fails(capsys, *TINY, "--out", tmp_path / "run", "--checkpoint-every", 100, status=130)
+    assert "--resume" in message
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (saved["phase"], saved["step"]) == ("main", 6)
+    monkeypatch.undo()
+    train.Interrupt.asked = False
+    assert_same_run(run(tmp_path / "run", "--resume"), finished)
+
+
+def test_resume_from_a_file_into_another_folder(tmp_path, finished, kill_at):
+    kill_at(9)
+    with pytest.raises(Killed):
+        run(tmp_path / "first")
+    assert_same_run(run(tmp_path / "second", "--resume", tmp_path / "first" / "last.pt"), finished)
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    run(finished, "--resume")
+    assert "finished" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_resume_with_other_flags_lists_the_differences(finished, capsys):
+    line = fails(capsys, *TINY, "--out", finished, "--resume", "--lr", 0.5, "--scorer", "gap", "--workers", 1)
+    assert "--lr was 0.001, is 0.5" in line and "--scorer was 'separate', is 'gap'" in line and "--workers" not in line
+
+
+def test_a_run_is_never_overwritten(finished, capsys):
+    before = (finished / "last.pt").read_bytes()
+    assert "--resume" in fails(capsys, *TINY, "--out", finished)
+    assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_failing_write_keeps_the_former_checkpoint(tmp_path, monkeypatch, capsys):
+    original, saves = torch.save, []
+
+    def full_disk(content, file):
+        saves.append(1)
+        if len(saves) == 3:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        original(content, file)
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    line = fails(capsys, *TINY, "--out", tmp_path / "run", "--checkpoint-every", 2)
+    assert "No space left" in line
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert (saved["phase"], saved["step"]) == ("pretrain", 4)
+
+
+# ---------------------------------------------------------------- the same numbers however they are computed
+
+
+def test_workers_change_nothing(tmp_path, finished):
+    assert_same_run(run(tmp_path / "run", "--workers", 2), finished)
+
+
+def close(a, b):
+    """Two runs' weights, but for the key third of qkv.bias: softmax is blind to it, so Adam makes steps of its rounding noise."""
+    for key, value in a.items():
+        if key.endswith("qkv.bias"):
+            value, b[key] = (torch.cat([x[:12], x[24:]]) for x in (value, b[key]))
+        torch.testing.assert_close(value, b[key], rtol=1e-3, atol=2e-5, msg=key)
+
+
+def test_accumulated_pieces_make_the_same_steps(tmp_path, finished):
+    close(weights(run(tmp_path / "run", "--accumulate", 3)), weights(finished))
+
+
+def test_two_processes_make_the_same_run(tmp_path, finished):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "train.py", *TINY,
+               "--out", str(tmp_path / "run"), "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    close(weights(tmp_path / "run"), weights(finished))
+    one, two = (json.loads((out / "metrics.json").read_text()) for out in (finished, tmp_path / "run"))
+    assert two["n"] == one["n"] == 10
+    assert (tmp_path / "run" / "predictions.jsonl").read_text().count("\n") == 10
+    assert [line["step"] for line in log_lines(tmp_path / "run")] == [line["step"] for line in log_lines(finished)]
+
+
+def test_bfloat16_trains(tmp_path):
+    assert all(torch.isfinite(value).all() for value in weights(run(tmp_path / "run", "--amp", "bf16")).values())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_culprits(tmp_path, monkeypatch, capsys):
+    original = train.loss_sum
+    monkeypatch.setattr(train, "loss_sum", lambda *a: original(*a) * (math.nan if Path(tmp_path / "run/last.pt").exists() else 1))
+    line = fails(capsys, *TINY, "--out", tmp_path / "run")
+    assert "main step 1: loss nan" in line and "learning rate" in line and line.count(",") > 8 and "\n" not in line
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["phase"] == "pretrain"
+
+
+# ---------------------------------------------------------------- the parts
+
+
+@given(samples=st.integers(1, 50), batch_size=st.integers(1, 60), seed=st.integers(0, 3), epoch=st.integers(0, 3))
+def test_epoch_batches_are_full_disjoint_and_repeatable(samples, batch_size, seed, epoch):
+    batches = train.epoch_batches(samples, batch_size, seed, epoch)
+    flat = [i for batch in batches for i in batch]
+    size = min(batch_size, samples)
+    assert {len(batch) for batch in batches} == {size} and len(batches) == samples // size
+    assert len(set(flat)) == len(flat) and set(flat) <= set(range(samples))
+    assert batches == train.epoch_batches(samples, batch_size, seed, epoch)
+
+
+def test_epochs_and_seeds_shuffle_differently():
+    orders = [train.epoch_batches(1000, 1000, seed, epoch)[0] for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@given(total=st.integers(1, 400), share=st.floats(0, 0.1), peak=st.floats(1e-6, 1))
+def test_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth(total, share, peak):
+    warmup = share * total
+    rates = [train.learning_rate(step, total, warmup, peak) for step in range(total)]
+    top = rates.index(max(rates))
+    assert all(0 < rate <= peak * (1 + 1e-9) for rate in rates)
+    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert top <= math.ceil(warmup) and rates[-1] >= 0.01 * peak * (1 - 1e-9)
+    assert train.learning_rate(total, total, warmup, peak) == pytest.approx(0.01 * peak)
+
+
+def test_biases_norms_and_embeddings_are_not_decayed():
+    model = train.build(vars(train.parse_flags(TINY)), 9)
+    decayed, rest = train.adamw(model, 0.05).param_groups
+    assert decayed["weight_decay"] == 0.05 and rest["weight_decay"] == 0
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    free = {names[id(p)] for p in rest["params"]}
+    assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "cdm.bias"} <= free
+    assert {"cdm.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"} <= {names[id(p)] for p in decayed["params"]}
+
+
+def test_defaults_are_the_papers():
+    cub = train.parse_flags(["--data", "cub", "--root", "x"])
+    assert (cub.batch_size, cub.lr, cub.epochs, cub.weight_decay, cub.num_kernels) == (128, 5e-5, 80, 5e-4, 4)
+    assert (cub.embed_dim, cub.depth, cub.num_heads, cub.img_size, cub.patch_size) == (384, 12, 6, 224, 16)
+    ilsvrc = train.parse_flags(["--data", "ilsvrc", "--root", "x", "--arch", "base"])
+    assert (ilsvrc.batch_size, ilsvrc.lr, ilsvrc.epochs, ilsvrc.embed_dim) == (256, 5e-4, 14, 768)
+    assert train.parse_flags(["--img-size", "32x64"]).img_size == [32, 64]
+
+
+# ---------------------------------------------------------------- wrong flags
+
+
+@pytest.mark.parametrize("flags, name", [
+    (["--epochs", "0"], "--epochs"), (["--epochs", "1.5"], "--epochs"), (["--batch-size", "-1"], "--batch-size"),
+    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--lr", "x"], "--lr"),
+    (["--weight-decay", "-1"], "--weight-decay"), (["--warmup-epochs", "inf"], "--warmup-epochs"),
+    (["--label-smoothing", "1"], "--label-smoothing"), (["--drop-path", "1"], "--drop-path"),
+    (["--threshold", "1"], "--threshold"), (["--threshold", "best"], "--threshold"), (["--threshold", "-0.1"], "--threshold"),
+    (["--img-size", "60"], "--img-size"), (["--img-size", "0"], "--img-size"), (["--img-size", "64x"], "--img-size"),
+    (["--img-size", "64x64x3"], "--img-size"), (["--num-heads", "5"], "--num-heads"), (["--patch-size", "0"], "--patch-size"),
+    (["--kernel-size", "5"], "--kernel-size"), (["--head", "gap"], "--head"), (["--scorer", "max"], "--scorer"),
+    (["--amp", "int8"], "--amp"), (["--device", "quantum"], "--device"), (["--workers", "-1"], "--workers"),
+    (["--seed", "-1"], "--seed"), (["--max-steps", "0"], "--max-steps"), (["--limit-train", "0"], "--limit-train"),
+    (["--data", "imagenet"], "--data"), (["--data", "cub"], "--root"), (["--root", "birds"], "--root"), (["--colour"], "--colour"),
+    (["--pretrain-epochs", "-1"], "--pretrain-epochs"), (["--accumulate", "0"], "--accumulate"), (["--arch", "huge"], "--arch"),
+    (["--checkpoint-every", "0"], "--checkpoint-every"), (["--eval-every", "0"], "--eval-every"),
+])
+def test_wrong_flags_end_in_one_line_with_status_2(capsys, flags, name):
+    error = fails(capsys, *flags, status=2)
+    assert error.startswith("train.py: error: ") and name in error and error.count("\n") == 1
+
+
+def test_wrong_files_end_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    for flags, words in (
+        (["--data", "cub", "--root", tmp_path / "none", "--out", tmp_path / "a"], str(tmp_path / "none")),
+        ([*TINY, "--out", tmp_path / "file"], str(tmp_path / "file")),
+        ([*TINY, "--out", tmp_path / "file" / "run"], str(tmp_path / "file")),
+        ([*TINY, "--out", tmp_path / "b", "--pretrained", tmp_path / "none.pth"], "none.pth"),
+        ([*TINY, "--out", tmp_path / "b", "--pretrained", tmp_path / "file"], str(tmp_path / "file")),
+        ([*TINY, "--out", tmp_path / "c", "--resume", tmp_path / "none.pt"], "none.pt"),
+        ([*TINY, "--out", tmp_path / "d", "--accumulate", 9], "--batch-size"),
+    ):
+        line = fails(capsys, *flags)
+        assert line.startswith("train.py: error: ") and words in line and "\n" not in line
