@@ -19,6 +19,7 @@ What every number means, and where the choices are made:
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -492,7 +493,7 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
     lines = [f"{one['n']} images" + (f", {one['n_boxes']} of them with boxes" if one["n_boxes"] < one["n"] else "")]
     for name, m in zip(names, several):
         lines.append(f"{name:{left}}top-1 classification {m['top1_cls']:.2f} %, top-5 {m['top5_cls']:.2f} %; "
-                     f"boxes at threshold {m['threshold']:g}{m.get('threshold_from', '')}")
+                     f"boxes at threshold {m['threshold']:g}" + (f" ({m['threshold_from']})" if "threshold_from" in m else ""))
     whose = "the predicted class's map" if one["map_class"] == "predicted" else "the LABEL's map (--gt-class)"
     lines += ["", f"Localisation in %: box of the largest component of {whose}, IoU > 0.5; mean IoU of that box.",
               "Oracles: the label's map, the best threshold of these very images; best-thr is gt-known's.", "",
@@ -508,11 +509,11 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
     for name, key in (("whole image", "whole_image"), ("centred box of half the area", "centred_box")):
         lines.append(f"{'':{left}}{name:{width}}{'':22}" + cells(one["baselines"][key]))
     lines += ["", "Why top-1 localisation fails, in % of images:",
-              f"{'':{left}}{'map':{width}}" + "".join(f"{kind:>20}" for kind in FAILURES)]
+              f"{'':{left}}{'map':{width}}" + "".join(f"{kind:>{len(kind) + 2}}" for kind in FAILURES)]
     for name, m in zip(names, several):
         for row in m["couplings"].values():
             lines.append(f"{name:{left}}{row['label']:{width}}" + "".join(
-                f"{'-' if share is None else f'{share:.2f}':>20}" for share in row["failures"].values()))
+                f"{'-' if share is None else f'{share:.2f}':>{len(kind) + 2}}" for kind, share in row["failures"].items()))
     return "\n".join(lines)
 
 
@@ -598,10 +599,10 @@ def stretch(maps: Tensor) -> Tensor:
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
-    """A map (H, W) in [0, 1] in colours over the picture, which loses most of its own."""
-    grey = Image.blend(picture, picture.convert("L").convert("RGB"), 0.7)
+    """A map (H, W) in [0, 1] in colours over the picture, the more opaque the higher."""
     colours = Image.fromarray(heat_colours(heat)).resize(picture.size, Image.Resampling.BILINEAR)
-    return Image.blend(grey, colours, 0.6)
+    opacity = Image.fromarray((255 * (0.45 + 0.3 * np.clip(heat, 0, 1))).astype(np.uint8)).resize(picture.size)
+    return Image.composite(colours, Image.blend(picture, picture.convert("L").convert("RGB"), 0.5), opacity)
 
 
 def draw_box(draw: ImageDraw.ImageDraw, box: Iterable[float], colour: tuple[int, int, int], width: int) -> None:
@@ -737,7 +738,7 @@ def draw_failures(groups: Sequence[tuple[str, Seen | None]], classes: Sequence[s
             sheet.paste(panel, (x + (CELL - panel.width) // 2, y + head + (CELL - panel.height) // 2))
             caption = classes[seen.label[i]]
             if seen.predicted[i] != seen.label[i]:
-                caption = f"{classes[seen.predicted[i]]}, is {caption}"
+                caption = f"{caption} as {classes[seen.predicted[i]]}"
             draw.text((x + CELL / 2, y + head + CELL + 4), fit_text(caption, 13, CELL), INK, font(13), "ma")
         y += height
     return sheet
@@ -880,7 +881,8 @@ def own_pictures(
         top = localization.logits.softmax(1).cpu().topk(min(5, len(classes)))
         for (path, _, view, size), heat, box, chances, ids in zip(batch, stretch(maps).cpu(), boxes, *top):
             top5 = [[classes[c], p] for c, p in zip(ids.tolist(), chances.tolist())]
-            name = next(n for n in (path.stem + ending for ending in ("", *(f"-{i}" for i in range(2, 10**9)))) if n not in used)
+            endings = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))  # a.jpg and b/a.png: a, a-2
+            name = next(path.stem + ending for ending in endings if path.stem + ending not in used)
             used.add(name)
             write_png(out / f"{name}.png", draw_own(data.open_image(path), heat.numpy(), box, view, top5[0]))
             entries.append({"path": str(path), "size": list(size), "top5": top5, "box": box.tolist()})
