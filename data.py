@@ -66,7 +66,8 @@ def _decode(path, at_least=None, header_only=False) -> tuple[Image.Image | None,
     JPEG come at 1/2, 1/4 or 1/8 of its size, which is cheap to decode, but no smaller than that."""
     try:
         with Image.open(path) as image:
-            sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)       # EXIF orientation: rows are columns
+            # EXIF orientations that exchange rows and columns; of a TIFF, Pillow gives the upright size
+            sideways = image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"
             size = image.size[::-1] if sideways else image.size
             if header_only:
                 return None, size
@@ -221,7 +222,7 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     points = np.concatenate([points for points, _ in shapes]) @ np.array([[facing * c, s], [-facing * s, c]])
     low, extent = points.min(0), np.ptp(points, axis=0)
     scale = (u(0.5, 0.85) * np.array(canvas.size) / extent).min()
-    corner = (canvas.size - scale * extent) * (u(0.02, 0.98), u(0.02, 0.98))
+    corner = (np.array(canvas.size) - 1 - scale * extent) * (u(0.02, 0.98), u(0.02, 0.98))
     points = (points - low) * scale + corner
     flat, start = points.ravel().tolist(), 0
     for polygon, colour in shapes:
