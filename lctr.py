@@ -13,6 +13,7 @@ import json
 import math
 import operator
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.drop_rates = [drop_path * l / max(1, depth - 1) for l in range(depth)]
+        self.drop_rates = [drop_path * block / max(1, depth - 1) for block in range(depth)]
 
         self.apply(init_linear)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -143,7 +144,7 @@ class VisionTransformer(nn.Module):
         drawn here where not given. Raises ValueError for images of another size.
         """
         if images.shape[1:] != (3, *self.img_size):
-            raise ValueError(f"images: got shape {tuple(images.shape)}, need (B, 3, {self.img_size[0]}, {self.img_size[1]})")
+            raise ValueError("images: got shape %s, need (B, 3, %d, %d)" % (tuple(images.shape), *self.img_size))
         if attention not in ("cls", "relation", "full"):
             raise ValueError(f'attention: got {attention!r}, need "cls", "relation" or "full"')
         B = len(images)
@@ -151,8 +152,8 @@ class VisionTransformer(nn.Module):
         x = x + self.pos_embed  # Eq. 1: X_1 (B, N+1, D)
         keep = self.stochastic_depth(B, depth_noise)  # (B, L, 2) or None
         maps = []
-        for l, block in enumerate(self.blocks):
-            x, block_maps = block(x, attention, None if keep is None else keep[:, l])
+        for i, block in enumerate(self.blocks):
+            x, block_maps = block(x, attention, None if keep is None else keep[:, i])
             maps.append(block_maps)
         return self.norm(x), maps
 
@@ -183,9 +184,9 @@ def init_linear(module: nn.Module) -> None:
 class CDM(nn.Module):
     """Cue digging module: G kernels mixed by how much each image's un-attended features call for them (Eq. 6).
 
-    scorer (Table 5): which pool of the cues feeds which linear layer. "gap", "gmp": that pool alone; "shared": one layer
-    on their sum; "separate", the paper's: a layer for each, added.
-    erase: "raw" reverses M~c as it is (about 1/N, so little is erased); "minmax" stretches it to [0, 1] per image first.
+    scorer (Table 5): which pool of the cues feeds which linear layer. "gap", "gmp": that pool alone; "shared": one
+    layer on their sum; "separate", the paper's: a layer for each, added.
+    erase: "raw" reverses M~c as it is (about 1/N, so little is erased); "minmax" stretches it to [0, 1] per image.
     """
 
     def __init__(self, embed_dim: int, num_classes: int, num_kernels: int, kernel_size: int, scorer: str, erase: str):
@@ -236,9 +237,9 @@ class Localization(NamedTuple):
 class LCTR(VisionTransformer):
     """A vision transformer with one of three heads on its final tokens; trained with image labels, it localises.
 
-    head: "cdm" is LCTR; "conv" is the TS-CAM baseline, one static convolution; "token" is plain DeiT, a linear layer on
-    the class token, without class maps. pool: "gap" is the paper's; "padded" averages class maps over 3 x 3 places first,
-    as the released code does. num_kernels is Table 6, kernel_size (1 or 3) Table 7, scorer Table 5, erase see CDM.
+    head: "cdm" is LCTR; "conv" is the TS-CAM baseline, one static convolution; "token" is plain DeiT, a linear layer
+    on the class token, without class maps. pool: "gap" is the paper's; "padded" averages class maps over 3 x 3 places
+    first, as the released code does. num_kernels: Table 6; kernel_size, 1 or 3: Table 7; scorer, erase: see CDM.
     Raises ValueError for a switch that does not exist or sizes that do not divide.
     """
 
@@ -299,8 +300,8 @@ class LCTR(VisionTransformer):
     def localize(self, images: Tensor, classes: Tensor | str | None = None) -> Localization:
         """images (B, 3, H, W) -> logits and the maps that localise (the paper's "During testing").
 
-        classes: (B, K) ids of the classes whose maps are computed, -1 for the predicted class; None for the predicted class
-        alone, K = 1; "all" for all C.
+        classes: (B, K) ids of the classes whose maps are computed, -1 for the predicted class; None for the predicted
+        class alone, K = 1; "all" for all C.
         """
         if isinstance(classes, str) and classes != "all":
             raise ValueError(f'classes: got {classes!r}, need class ids (B, K), None or "all"')
@@ -337,9 +338,9 @@ def mean_over_blocks(maps: list[AttentionMaps], name: str) -> Tensor:
 def fuse(localization: Localization, coupling: str = "relation") -> Tensor:
     """Localisation maps (B, K, h, w) of localize()'s K classes, before resizing and thresholds.
 
-    "relation": ReLU(class map) * M^r, LCTR's Eq. 3. "cls": ReLU(class map) * M~c, TS-CAM's. "none": ReLU(class map), CAM's.
-    "relation-only", "cls-only": the attention map alone, the same for every class. Raises ValueError for another coupling,
-    and where a "token" head has no class maps.
+    "relation": ReLU(class map) * M^r, LCTR's Eq. 3. "cls": ReLU(class map) * M~c, TS-CAM's. "none": ReLU(class map),
+    CAM's. "relation-only", "cls-only": the attention map alone, the same for every class.
+    Raises ValueError for another coupling, and where a "token" head has no class maps.
     """
     if coupling not in COUPLINGS:
         raise ValueError(f"coupling: got {coupling!r}, need one of {', '.join(COUPLINGS)}")
@@ -348,7 +349,7 @@ def fuse(localization: Localization, coupling: str = "relation") -> Tensor:
     if coupling.endswith("-only"):
         return attention_map[:, None].expand(B, K, -1, -1)
     if localization.class_maps is None:
-        raise ValueError(f'coupling: got {coupling!r}, but a "token" head has no class maps: need "cls-only" or "relation-only"')
+        raise ValueError(f'coupling: got {coupling!r}, a "token" head has no class maps: need "cls-only", "relation-only"')
     class_maps = localization.class_maps.relu()
     return class_maps if coupling == "none" else class_maps * attention_map[:, None]  # Eq. 3: M^fuse
 
@@ -371,7 +372,8 @@ MODEL_FLAGS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "dro
 
 
 class LoadReport(NamedTuple):
-    """Parameters by what load_pretrained did: taken as they are, resized, converted from other conventions; left new; ignored."""
+    """What load_pretrained did: parameters taken as they are, resized, converted from another convention, left new; and
+    what it ignored in the file."""
 
     loaded: list[str]
     resized: list[str]
@@ -387,11 +389,11 @@ class LoadReport(NamedTuple):
 def load_pretrained(model: VisionTransformer, path: str) -> LoadReport:
     """Loads a backbone from a file of weights, in any float dtype; heads stay new.
 
-    path: a .safetensors or torch file of a timm ViT or DeiT (distilled ones too), DINOv2, TS-CAM, the released LCTR or this
-    project, or deit_tiny, deit_small, deit_base, which torch.hub downloads once. A LayerScale is folded into the
+    path: a .safetensors or torch file of a timm ViT or DeiT (distilled ones too), DINOv2, TS-CAM, the released LCTR or
+    this project, or deit_tiny, deit_small, deit_base, which torch.hub downloads once. A LayerScale is folded into the
     projections, a distillation token dropped; pos_embed and the patch convolution are resized bicubically.
-    Raises ValueError, naming the file, where it cannot be read or downloaded, where a parameter has another shape (named)
-    or is not finite, and where nothing of the backbone matches.
+    Raises ValueError, naming the file, where it cannot be read or downloaded, where a parameter has another shape
+    (named) or is not finite, and where nothing of the backbone matches.
     """
     content = read_weights(path)
     state, converted = to_own_names(content.get("model", content.get("state_dict", content)), path)
@@ -403,12 +405,14 @@ def load_pretrained(model: VisionTransformer, path: str) -> LoadReport:
 
 
 def load_backbone(
-    model: VisionTransformer, state: dict[str, Tensor], source: str, converted: list[str] = [], grid: tuple | None = None
+    model: VisionTransformer, state: dict[str, Tensor], source: str, converted: Sequence[str] = (),
+    grid: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """load_pretrained for a state dict in this project's names, which errors call `source`; grid: its (h, w), else square."""
+    """load_pretrained of a state dict in this project's names, which errors call `source`; grid: its (h, w) if known."""
     own = model.state_dict()
     backbone = [key for key in own if not key.startswith(HEADS)]
-    report = LoadReport([], [], [], [key for key in own if key not in backbone], [k for k in state if k not in backbone])
+    new, ignored = ([key for key in keys if key not in backbone] for keys in (own, state))
+    report = LoadReport([], [], [], new, ignored)
     if not set(backbone) & set(state):
         raise ValueError(f"{source}: no parameter of a ViT's backbone (cls_token, blocks.0.attn.qkv.weight, ...) in it: "
                          f"looks like {describe(state)}")
@@ -426,8 +430,10 @@ def load_backbone(
         if value.shape != need:
             raise ValueError(f"{source}: {key}: found shape {tuple(state[key].shape)}, need {tuple(need)}: "
                              f"looks like {describe(state)}")
-        kind = report.resized if value.shape != state[key].shape else report.converted if key in converted else report.loaded
-        kind.append(key)
+        if value.shape != state[key].shape:
+            report.resized.append(key)
+        else:
+            (report.converted if key in converted else report.loaded).append(key)
         update[key] = value
     model.load_state_dict(update, strict=False)
     return report
@@ -447,7 +453,7 @@ def to_own_names(state: dict, source: str) -> tuple[dict[str, Tensor], list[str]
                 converted.append(key)
                 break
         own[key] = value
-    if "dist_token" in own and own.get("pos_embed", value).ndim == 3:  # DeiT's distillation token sits after the class token
+    if "dist_token" in own and own.get("pos_embed", value).ndim == 3:  # its place is after the class token's
         own["pos_embed"] = torch.cat([own["pos_embed"][:, :1], own["pos_embed"][:, 2:]], 1)
         converted.append("pos_embed")
     for key in [key for key in own if key.endswith((".ls1.gamma", ".ls2.gamma"))]:  # x + gamma * (W x + b)
@@ -460,7 +466,7 @@ def to_own_names(state: dict, source: str) -> tuple[dict[str, Tensor], list[str]
 
 
 def resize_pos_embed(pos_embed: Tensor, source: tuple[int, int] | None, grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of the patch part of (1, 1 + h'*w', D) to the grid (h, w) -> (1, 1 + h*w, D); left alone if no grid fits."""
+    """Bicubic resize of the patch part of (1, 1 + h'*w', D) from grid (h', w') to (h, w) -> (1, 1 + h*w, D)."""
     if source is None:
         source = (math.isqrt(pos_embed.shape[1] - 1),) * 2
     if pos_embed.ndim != 3 or source[0] * source[1] != pos_embed.shape[1] - 1:
@@ -508,7 +514,9 @@ def read_weights(path: str) -> dict:
     if path in DEIT_FILES:
         return download(path)
     try:
-        content = read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, "cpu", weights_only=True)
+        if path.endswith(".safetensors"):
+            return read_safetensors(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except ValueError as error:
@@ -529,7 +537,7 @@ def download(name: str) -> dict:
     except (OSError, RuntimeError) as error:  # no network, no disk; a wrong hash
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{name}: cannot download {url} ({reason}): put that file into {folder}, "
-                         "or give a file's path") from None
+                         "or give the path of one") from None
 
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -538,7 +546,7 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 
 
 def read_safetensors(path: str) -> dict[str, Tensor]:
-    """A .safetensors file: the header's length (8 bytes, little-endian), a JSON header, then raw tensors. Raises ValueError."""
+    """A .safetensors file: its header's length (8 bytes, little-endian), a JSON header, raw tensors; else ValueError."""
     with open(path, "rb") as file:
         content = bytearray(file.read())
     length = int.from_bytes(content[:8], "little")
@@ -546,15 +554,18 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
         raise ValueError(f"its header claims {length} bytes, the file has {len(content)}")
     try:
         header = json.loads(content[8:8 + length])
+        header.pop("__metadata__", None)
         entries = [(key, SAFETENSORS_DTYPES[entry["dtype"]], [operator.index(n) for n in entry["shape"]],
-                    *(operator.index(n) for n in entry["data_offsets"])) for key, entry in header.items() if key != "__metadata__"]
+                    *(operator.index(n) for n in entry["data_offsets"])) for key, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"its header is not a safetensors header ({type(error).__name__}: {error})") from None
     data, tensors = memoryview(content)[8 + length:], {}
     for key, dtype, shape, start, end in entries:
-        if min(shape, default=1) < 0 or not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
+        size = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or not 0 <= start <= end <= len(data) or end - start != size:
             raise ValueError(f"{key}: {dtype} of shape {shape} does not fit bytes {start} to {end} of {len(data)}")
-        tensors[key] = torch.frombuffer(data[start:end], dtype=dtype).view(shape) if end > start else torch.empty(shape, dtype=dtype)
+        raw = torch.frombuffer(data[start:end], dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        tensors[key] = raw.clone().view(dtype).view(shape)  # clone: offsets need not be aligned
     return tensors
 
 

@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=4 train.py --data ilsvrc --root ILSVRC --pretrained ...
     python train.py --resume                           # goes on where the same command was stopped
 
---data picks the defaults of every other flag (RECIPES below); --help lists them. The run folder gets config.json, log.jsonl,
-last.pt, best.pt and the evaluation's metrics.json, predictions.jsonl, gallery.png, curve.png, failures.png.
+--data picks the defaults of all other flags (RECIPES below); --help lists them. The run folder gets config.json,
+log.jsonl, last.pt, best.pt and the evaluation's metrics.json, predictions.jsonl, gallery.png, curve.png, failures.png.
 
-Every random choice is a function of the seed and of what it is drawn for (phase, epoch, step, sample), so neither --workers,
-nor a stop and --resume, nor the number of processes changes what is computed.
+Every random choice is a function of the seed and of what it is drawn for (phase, epoch, step, sample), so that neither
+--workers, nor a stop and --resume, nor the number of processes changes what is computed.
 """
 
 import argparse
@@ -36,14 +36,14 @@ import evaluate
 from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_backbone, load_pretrained, read_weights
 
 PAPER = dict(  # "Implementation Details", CUB-200-2011; the warm-up is the released code's
-    arch="small", img_size=224, patch_size=16, head="cdm", num_kernels=4, kernel_size=3, scorer="separate", erase="raw",
-    pool="gap", drop_path=0.1, epochs=80, pretrain_epochs=0, batch_size=128, lr=5e-5, weight_decay=5e-4,
+    arch="small", img_size=224, patch_size=16, head="cdm", num_kernels=4, kernel_size=3, scorer="separate",
+    erase="raw", pool="gap", drop_path=0.1, epochs=80, pretrain_epochs=0, batch_size=128, lr=5e-5, weight_decay=5e-4,
     warmup_epochs=5.0, label_smoothing=0.0,
 )
 RECIPES = {
     "synthetic": PAPER | dict(
-        arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, erase="minmax", drop_path=0.2, epochs=4,
-        pretrain_epochs=4, batch_size=32, lr=1e-3, weight_decay=0.05,
+        arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, erase="minmax", drop_path=0.2,
+        epochs=4, pretrain_epochs=4, batch_size=32, lr=1e-3, weight_decay=0.05,
     ),
     "cub": PAPER,
     "folder": PAPER,
@@ -68,7 +68,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
                 raise ValueError
             return value
 
-        parse.__name__ = f"{kind.__name__} {'above' if open_low else 'from'} {low:g}" + (f" below {high:g}" if high < math.inf else "")
+        bounds = f"{'above' if open_low else 'from'} {low:g}" + f" below {high:g}" * (high < math.inf)
+        parse.__name__ = f"{kind.__name__} {bounds}"
         return parse
 
     def img_size(text: str) -> int | list[int]:
@@ -82,7 +83,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     img_size.__name__ = "size in pixels (224, or height x width as 160x224)"
     threshold.__name__ = 'number in [0, 1) or "auto"'
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog="Defaults marked * are picked by --data, see RECIPES.", allow_abbrev=False
+        description=__doc__.split("\n")[0], epilog="--data picks the defaults marked *.", allow_abbrev=False
     )
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")
     add = parser.add_argument
@@ -110,7 +111,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=number(float, 0), help="on all but biases, norms and embeddings *")
     add("--warmup-epochs", type=number(float, 0), help="at most a tenth of the run *")
     add("--label-smoothing", type=fraction, help="*")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 or fp16 on CUDA, off on a CPU")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16, else fp16 on CUDA, off on a CPU")
     add("--workers", type=number(int, 0), help="processes that load images (default: 8 on CUDA, 0 on a CPU)")
     add("--seed", type=number(int, 0), default=0)
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -121,7 +122,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit-test", type=positive, help="the same for test and val")
     add("--eval-every", type=positive, default=1, help="epochs between evaluations on val")
     add("--checkpoint-every", type=positive, help="steps between checkpoints, besides every epoch's")
-    add("--threshold", type=threshold, help="of the box: in [0, 1), or auto = best on val (default: auto with a val split, else 0.2)")
+    add("--threshold", type=threshold, help="of the box: in [0, 1), or auto = best on val (default: auto, without val 0.2)")
     flags = parser.parse_args(argv)
 
     recipe = dict(RECIPES[flags.data])
@@ -187,14 +188,15 @@ def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 def loss_sum(logits: Tensor, batch: dict, num_classes: int, smoothing: float) -> Tensor:
     """Eq. 2 summed over images. Columns beyond the classes are the birds' second label, the palette, in pretraining."""
-    loss = F.cross_entropy(logits[:, :num_classes], batch["label"], reduction="sum", label_smoothing=smoothing)
+    cross_entropy = functools.partial(F.cross_entropy, reduction="sum", label_smoothing=smoothing)
+    loss = cross_entropy(logits[:, :num_classes], batch["label"])
     if logits.shape[1] > num_classes:
-        loss = loss + F.cross_entropy(logits[:, num_classes:], batch["palette"], reduction="sum", label_smoothing=smoothing)
+        loss = loss + cross_entropy(logits[:, num_classes:], batch["palette"])
     return loss
 
 
 def on_device(batch: dict, device: torch.device) -> dict:
-    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def process() -> tuple[int, int]:
@@ -226,7 +228,7 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
     mine = slice(rank * config["accumulate"], (rank + 1) * config["accumulate"])
     batch_size = min(config["batch_size"], len(train_set))
     if batch_size < pieces:
-        raise ValueError(f"--batch-size: {batch_size} images cannot be split over {world} processes x {config['accumulate']}")
+        raise ValueError(f"--batch-size: {batch_size} images do not split into {world} processes x {config['accumulate']}")
     steps_per_epoch = len(train_set) // batch_size
     total = steps_per_epoch * config["epochs" if phase == "main" else "pretrain_epochs"]
     if phase == "main" and config["max_steps"]:
@@ -242,8 +244,9 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         torch.set_rng_state(saved["rng"])
         step, metrics = saved["step"], saved["metrics"]
     parallel = DistributedDataParallel(model) if world > 1 else model
-    say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} images ({world} processes x {config['accumulate']}), "
-        f"learning rate {config['lr']:g} after {warmup:.0f} steps, amp {config['amp']}, {device}" + f", from step {step}" * bool(step))
+    say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} (processes {world} x pieces {config['accumulate']}), "
+        f"learning rate {config['lr']:g} after {warmup:.0f} steps, amp {config['amp']}, on {device}"
+        + f", from step {step}" * bool(step))
 
     def checkpoint(name: str) -> None:
         write_checkpoint(out / name, {
@@ -275,7 +278,7 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
                 with wait, torch.autocast(device.type, AMP[config["amp"]], enabled=config["amp"] != "off"):
                     logits = parallel(batch["image"], torch.from_numpy(part_noise).to(device))
                     part_loss = loss_sum(logits, batch, len(train_set.classes), config["label_smoothing"]) / batch_size
-                    scaler.scale(part_loss * world).backward()  # DDP takes the mean over processes, Eq. 2 over the batch
+                    scaler.scale(part_loss * world).backward()  # DDP takes the mean over processes
                 loss += part_loss.detach()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
@@ -427,7 +430,7 @@ def train(flags: argparse.Namespace) -> None:
         write_checkpoint(out / "best.pt", best)
         metrics = evaluate.summarise(scores, threshold)
         evaluate.report(out, model, test_set, scores, metrics, coupling, threshold)
-        print(f"\n{evaluate.format_table(metrics, coupling)}\n\npictures: {out / 'gallery.png'}, {out / 'curve.png'}, {out / 'failures.png'}")
+        print(f"\n{evaluate.format_table(metrics, coupling)}\n\npictures: {out / 'gallery.png'}, curve.png, failures.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -440,7 +443,8 @@ def main(argv: list[str] | None = None) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        print(f"train.py: interrupted: the same command with --resume goes on from {Path(flags.out) / 'last.pt'}", file=sys.stderr)
+        last = Path(flags.out) / "last.pt"
+        print(f"train.py: interrupted: the same command with --resume goes on from {last}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: error: {error}")
