@@ -104,7 +104,7 @@ def random_view(size, img_size, rng: np.random.Generator) -> tuple[float, float,
 
 
 def fixed_view(size, img_size, crop: int | None = None) -> tuple[float, float, float, float]:
-    """The whole picture; with crop=SIZE, its centre: img_size (height, width) once the shorter side is resized to SIZE."""
+    """The whole picture, or with crop=SIZE its centre: img_size (height, width), the shorter side resized to SIZE."""
     (width, height), (h, w) = size, img_size
     if crop is None:
         return 0.0, 0.0, float(width), float(height)
@@ -307,9 +307,9 @@ def _bird(u, label, palette):
     add(coat, (-0.7, -0.16), (tip, droop - spread), (tip + 0.06, droop - spread * 0.5), (-0.7, 0))
 
     body = _superellipse(power) * (1, deep)
-    add(coat, body)
-    add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6), (0.75, deep * 0.55), (-0.35, -deep * 0.9))  # neck
-    add(light, body[1:14], body[13:0:-1] * (1, 0.25))                                                              # belly
+    add(coat, body)                                                             # and, in the same colour, the neck
+    add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6), (0.75, deep * 0.55), (-0.35, -deep * 0.9))
+    add(light, body[1:14], body[13:0:-1] * (1, 0.25))                           # belly
     plumage = u(0, 1)
     if plumage < 0.35:                                                          # striped, spotted or plain
         pitch, lean = u(0.22, 0.34), u(0, 0.12)
@@ -349,8 +349,8 @@ def _draw_birds(stream, size, indices):
 
 
 class Birds(Dataset):
-    """Synthetic birds, drawn once, on all cores, and kept in memory: 12,000 of 64 x 64 take 150 MB. They are drawn at the
-    network's size, so in training they are shifted (by up to 3/32 of it, reflected at the border) and mirrored; the
+    """Synthetic birds, drawn once, on all cores, and kept in memory: 12,000 of 64 x 64 take 150 MB. They are drawn at
+    the network's size, so in training they are shifted (by up to 3/32 of it, reflected at the border) and mirrored; the
     resized crop that photographs get would only blur them."""
 
     def __init__(self, split: str, img_size, limit=None, crop=None, augment=False, seed=0):
@@ -431,7 +431,7 @@ class Paths:
 
 
 class Samples(NamedTuple):
-    """What a reader of annotations returns: image i is folder / paths[i], of class classes[labels[i]], and boxes[i] is a
+    """What a reader of annotations returns: image i is folder / paths[i], of class classes[labels[i]]; boxes[i] is its
     list of (xmin, ymin, xmax, ymax)."""
     classes: list[str]
     folder: Path
@@ -606,7 +606,7 @@ def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
 def _read_xml(file: Path, wnid: str | None) -> tuple[str, list]:
     """(the image's class, its boxes): the boxes of class `wnid`, by default the first object's."""
     text, objects = _read(file), []
-    if "<!DOCTYPE" in text or "<!ENTITY" in text:               # entities can expand without end
+    if "<!DOCTYPE" in text:                                     # which may declare entities that expand without end
         raise DataError(f"{file}: found a document type declaration, needs a plain annotation")
     try:
         found = ElementTree.fromstring(text).findall("object")
@@ -628,7 +628,8 @@ def _read_xml(file: Path, wnid: str | None) -> tuple[str, list]:
 
 def read_folder(root: Path, split: str, limit: int | None) -> Samples:
     """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's folders, sorted.
-    boxes.csv, if any, has rows path,xmin,ymin,xmax,ymax, the path from root, any number per image; the words may head it."""
+    boxes.csv, if any, has rows path,xmin,ymin,xmax,ymax, the path from root, any number per image, perhaps below a
+    header of these words."""
     classes = _names(root / "train", folders=True)
     paths, labels = _by_class(root / split, classes, complete=split == "train")
     kept = _spread(len(paths), limit)
@@ -675,24 +676,16 @@ class Pictures(Dataset):
 
     def _check(self):
         """Opens every scored image's header: what is wrong with it or its boxes shows now, not after an hour."""
-        clipped = outside = unscored = 0
-        for index in range(len(self)):
-            annotated, cut, left = self._boxes_of(index, _decode(self.folder / self.paths[index], header_only=True)[1])
-            clipped += int((cut != annotated)[left].any(1).sum())
-            outside += int((~left).sum())
-            unscored += not left.any()
-        if clipped:
+        sizes = torch.tensor([_decode(self.folder / path, header_only=True)[1] for path in self.paths])     # (n, 2)
+        owner = torch.arange(len(self)).repeat_interleave(torch.tensor(np.diff(self.first)))                # (boxes,)
+        cut = self.boxes.clamp(min=0).minimum(sizes.repeat(1, 2)[owner])                                    # (boxes, 4)
+        left = (cut[:, 2:] > cut[:, :2]).all(1)
+        if clipped := int((cut != self.boxes)[left].any(1).sum()):
             self.notes.append(f"{clipped} boxes reach beyond their images and are clipped")
-        if outside:
+        if outside := int((~left).sum()):
             self.notes.append(f"{outside} boxes lie outside their images and are left out")
-        if unscored:
+        if unscored := len(self) - len(owner[left].unique()):
             self.notes.append(f"{unscored} of {len(self)} {self.split} images have no box and are not scored")
-
-    def _boxes_of(self, index, size):
-        """(M, 4) as annotated, the same cut to the image, and (M,) whether anything is left of it."""
-        annotated = self.boxes[self.first[index]:self.first[index + 1]]
-        cut = clip_boxes(annotated, (0, 0, *size))
-        return annotated, cut, (cut[:, 2:] > cut[:, :2]).all(1)
 
     def __len__(self):
         return len(self.labels)
@@ -701,8 +694,9 @@ class Pictures(Dataset):
         path = self.folder / self.paths[index]
         rng = np.random.default_rng((self.seed, self.epoch, index)) if self.augment else None
         image, view, size = load_image(path, self.img_size, self.crop, rng)
-        _, boxes, left = self._boxes_of(index, size)
-        return {"image": image, "label": int(self.labels[index]), "boxes": boxes[left], "size": size, "view": view,
+        boxes = clip_boxes(self.boxes[self.first[index]:self.first[index + 1]], (0, 0, *size))
+        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+        return {"image": image, "label": int(self.labels[index]), "boxes": boxes, "size": size, "view": view,
                 "index": index, "path": str(path)}
 
 
