@@ -74,7 +74,7 @@ def connected_components(maps: Tensor, thresholds: Tensor) -> Components:
     T, stride, plane = len(thresholds), W + 1, (H + 1) * (W + 1)
     low, high = maps.amin((1, 2), True), maps.amax((1, 2), True)  # (M, 1, 1)
     stretched = ((maps - low) / (high - low)).nan_to_num(0, 0, 0)
-    passed = F.pad(torch.bucketize(stretched, thresholds), (1, 1, 0, 1))  # (M, H+1, W+2): thresholds below the value
+    passed = F.pad(torch.bucketize(stretched.contiguous(), thresholds), (1, 1, 0, 1))  # (M, H+1, W+2): thresholds below the value
     before, after = passed[:, :, :-1].flatten(), passed[:, :, 1:].flatten()  # (M * plane): across each pixel's left edge
 
     start, end = steps_up(before, after, plane, T), steps_up(after, before, plane, T)  # (n) keys each: run i is [start, end)
@@ -319,14 +319,15 @@ def score_batch(
     part = {"label": labels, "top5": localization.logits.topk(min(5, localization.logits.shape[1])).indices,
             "size": batch["size"], "view": batch["view"], "baseline": baseline_iou(truth, model.img_size)}
     if couplings:
-        maps, label_maps = stack_couplings(localization, couplings).unbind(2)  # (B, Q, h, w) each
-        found = score_maps(maps, truth.to(device), model.img_size, thresholds)
-        other = (maps != label_maps).flatten(2).any(2).any(1).nonzero()[:, 0]  # the images whose label's maps are others
-        told = [values.clone() for values in found]
-        for values, label_values in zip(told, score_maps(label_maps[other], truth[other.cpu()].to(device), model.img_size, thresholds)):
-            values[other] = label_values
-        box, iou, _ = told if gt_class else found
-        _, told_iou, told_any = told
+        truth = truth.to(device).repeat_interleave(len(couplings), 0)  # (B*Q, M, 4)
+        maps, label_maps = stack_couplings(localization, couplings).flatten(0, 1).unbind(1)  # (B*Q, h, w) each
+        found = score_maps(maps, truth, model.img_size, thresholds)
+        told, other = [values.clone() for values in found], (maps != label_maps).flatten(1).any(1)
+        if other.any():  # the label is another class than the predicted one, and the coupling looks at the class
+            for values, others in zip(told, score_maps(label_maps[other], truth[other], model.img_size, thresholds)):
+                values[other] = others
+        found, told = ([values.unflatten(0, (-1, len(couplings))) for values in three] for three in (found, told))
+        (box, iou, _), (_, told_iou, told_any) = told if gt_class else found, told
         oracle = torch.stack([told_iou >= 0.5, *(told_any >= bar for bar in (0.3, 0.5, 0.7))], -1)  # (B, Q, T, 4)
         part |= {"box": box, "iou": iou, "oracle": oracle}
     if keep_maps:
@@ -359,24 +360,22 @@ def enlarge(maps: Tensor, img_size: tuple[int, int]) -> Tensor:
 def score_maps(
     maps: Tensor, truth: Tensor, img_size: tuple[int, int], thresholds: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused maps (B, Q, h, w) against annotated boxes (B, M, 4) in the input's frame, at ascending thresholds.
+    """M fused maps (M, h, w), each against its image's annotated boxes (M, K, 4) in the input's frame, ascending thresholds.
 
-    Returns the largest component's box (B, Q, T, 4) int16, its IoU (B, Q, T) float32, and the best IoU of any component's
-    box; each IoU is the best over the image's annotated boxes. A map without a component counts as the whole image.
+    Returns the largest component's box (M, T, 4) int16, its IoU (M, T) float32, and the best IoU of any component's box; each
+    IoU is the best over the image's annotated boxes. A map without a component counts as the whole image.
     """
-    (B, Q), T = maps.shape[:2], len(thresholds)
-    maps = enlarge(maps, img_size).flatten(0, 1)  # (B*Q, H, W)
-    truth = truth.repeat_interleave(Q, 0)  # (B*Q, M, 4)
+    M, T, found = len(maps), len(thresholds), []
     ascending = torch.tensor(thresholds, device=maps.device)
-    found = []
-    for chunk, chunk_truth in zip(map_chunks(maps), truth.split(len(map_chunks(maps)[0]))):
+    chunks = map_chunks(enlarge(maps[None], img_size)[0])  # of (M, H, W)
+    for chunk, chunk_truth in zip(chunks, truth.split(len(chunks[0]))):
         components = connected_components(chunk, ascending)
         box = largest(components, len(chunk) * T, *img_size)  # (chunk * T, 4)
         iou = box_iou(box.view(-1, T, 1, 4), chunk_truth[:, None]).amax(-1).flatten()  # (chunk * T)
         component_iou = box_iou(components.box[:, None], chunk_truth[components.cell // T]).amax(-1)  # (R)
         found.append((box, iou, iou.scatter_reduce(0, components.cell, component_iou, "amax")))
     box, iou, any_iou = (torch.cat(column) for column in zip(*found))
-    return box.view(B, Q, T, 4).short(), iou.view(B, Q, T).float(), any_iou.view(B, Q, T).float()
+    return box.view(M, T, 4).short(), iou.view(M, T).float(), any_iou.view(M, T).float()
 
 
 def baseline_iou(truth: Tensor, img_size: tuple[int, int]) -> Tensor:
@@ -547,7 +546,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_png(path: str | Path, picture: Image.Image) -> None:
-    write_atomic(path, lambda file: picture.save(file, "PNG", optimize=True))
+    write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
 def progress(items: Sequence | Iterable, label: str, show: bool = True) -> Iterator:
@@ -968,7 +967,7 @@ def load_split(flags: argparse.Namespace, checkpoint: dict, path: str, img_size,
     name = flags.data or checkpoint["config"]["data"]
     root = flags.root or (checkpoint["config"]["root"] if name == checkpoint["config"]["data"] else None)
     if root is None and name != "synthetic":
-        raise ValueError(f"--root: {name} needs the data set's folder")
+        raise argparse.ArgumentError(None, f"--root: {name} needs the data set's folder")
     dataset = data.load_dataset(name, root, split, img_size, limit=flags.limit_test, crop=flags.crop, augment=False)
     known, found = checkpoint["classes"], dataset.classes
     if list(known) != list(found):
@@ -988,9 +987,6 @@ def choose_threshold(flags: argparse.Namespace, model: LCTR, checkpoint: dict, p
         return (DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none") if own is None else (own, "the checkpoint's own")
     if flags.threshold != "auto":
         return flags.threshold, "--threshold"
-    name, root = flags.data or checkpoint["config"]["data"], flags.root or checkpoint["config"]["root"]
-    if not data.has_split(name, root, "val"):
-        raise ValueError(f"--threshold: auto needs a val split, {name} has none: give a number")
     val_set = load_split(flags, checkpoint, path, model.img_size, "val")
     scores = score(model, val_set, batch_size=flags.batch_size, device=flags.device, workers=flags.workers, couplings=[coupling])
     return best_threshold(scores, coupling), f"the best gt-known of {len(val_set)} val images"
@@ -1008,9 +1004,12 @@ def evaluate(flags: argparse.Namespace) -> int:
     loaded = [(path, *load_checkpoint(path)) for path in flags.checkpoint]
     for path, model, checkpoint in loaded:
         if flags.coupling and flags.coupling not in couplings_of(model):
-            raise ValueError(f"--coupling: {path} has a {head_of(model)} head, whose couplings are {', '.join(couplings_of(model))}")
+            raise argparse.ArgumentError(None, f"--coupling: {path} has a {head_of(model)} head, whose couplings are {', '.join(couplings_of(model))}")
         if flags.crop and flags.crop < max(model.img_size):
-            raise ValueError(f"--crop: got {flags.crop}, need at least {path}'s input of {max(model.img_size)} pixels")
+            raise argparse.ArgumentError(None, f"--crop: got {flags.crop}, need at least {path}'s input of {max(model.img_size)} pixels")
+        name, root = flags.data or checkpoint["config"]["data"], flags.root or checkpoint["config"]["root"]
+        if flags.threshold == "auto" and not data.has_split(name, root, "val"):
+            raise argparse.ArgumentError(None, f"--threshold: auto needs a val split, {name} has none: give a number")
         if list(checkpoint["classes"]) != list(loaded[0][2]["classes"]):
             raise ValueError(f"{path}: its classes are not those of {flags.checkpoint[0]}")
     flags.out.mkdir(parents=True, exist_ok=True)
@@ -1061,6 +1060,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv)
     try:
         return evaluate(flags)
+    except argparse.ArgumentError as error:  # a flag that does not fit what the checkpoint holds
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, RuntimeError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
     except OSError as error:
