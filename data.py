@@ -707,7 +707,7 @@ DATASETS = ("synthetic", *READERS)
 def has_split(name: str, root: str | Path | None, split: str) -> bool:
     """Whether there is such a split: train and test always, val for the birds and for a folder with val/."""
     return split in ("train", "test") or split == "val" and (
-        name == "synthetic" or name == "folder" and (Path(root) / "val").is_dir())
+        name == "synthetic" or name == "folder" and bool(root) and (Path(root) / "val").is_dir())
 
 
 def load_dataset(name: str, root: str | Path | None, split: str, img_size, *, limit: int | None = None,
