@@ -9,15 +9,19 @@ Reading order is the paper's: tokens (Eq. 1), attention and its two maps (Eq. 4,
 Whatever costs time goes through `kernels`: Triton on CUDA, torch elsewhere, each beside a naive twin.
 """
 
+import argparse
 import json
 import math
 import operator
 import os
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import kernels
@@ -618,3 +622,59 @@ def load_foreign(content: dict, path: str) -> tuple[LCTR, dict]:
         raise ValueError(f"{path}: not a checkpoint of train.py, LCTR, TS-CAM or DeiT ({reason}): "
                          f"looks like {describe(state)}") from None
     return model.eval(), {"model": own, "config": config, "classes": None, "phase": "main", "metrics": {}}
+
+
+# ---------------------------------------------------------------- python lctr.py [IMAGE] | --export FILE CHECKPOINT
+
+
+def trace(model: LCTR, images: Tensor) -> list[tuple[str, str, Tensor]]:
+    """Every intermediate of localize() on images (B, 3, H, W), in the paper's order: (equation, name, value)."""
+    steps = [("", "images", images)]
+    with torch.no_grad():
+        tokens, maps = model.forward_features(images, "full")
+        steps += [("Eq. 4", "A_L, last block's attention", maps[-1].full), ("RPAM", "M_L^c, its class row", maps[-1].cls),
+                  ("RPAM", "M_L^r, its patch relation", maps[-1].relation), ("", "X_L, tokens", tokens)]
+        found = model.localize(images)
+        steps += [("CDM", "M~_*^c, class attention map", found.cls_map), ("Eq. 5", "M_*^r, patch relation map", found.relation_map)]
+        if model.head_type == "cdm":
+            scores = model.cdm(model.on_grid(tokens[:, 1:]), found.cls_map)
+            steps += [("CDM", "S_g, scores", scores), ("Eq. 6", "W_g, kernels", model.cdm.weight)]
+        steps += [("Eq. 2", "logits", found.logits)]
+        if found.class_maps is not None:
+            steps += [("Eq. 6", "M_CDM, predicted class's map", found.class_maps), ("Eq. 3", "M^fuse", fuse(found))]
+    return steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints every intermediate of LCTR on one image, or exports a checkpoint.")
+    parser.add_argument("image", nargs="?", help="picture to localise in (default: random noise)")
+    parser.add_argument("--checkpoint", help="model to use (default: a small one with random weights)")
+    parser.add_argument("--export", nargs=2, metavar=("FILE", "CHECKPOINT"),
+                        help="write CHECKPOINT's backbone (and token head) to FILE as a plain state dict in timm's names")
+    flags = parser.parse_args()
+    try:
+        if flags.export:
+            path, source = flags.export
+            model, _ = load_checkpoint(source)
+            state = {key.replace("classifier.", "head."): value for key, value in model.state_dict().items()
+                     if not key.startswith(("cdm.", "head."))}
+            torch.save(state, f"{path}.partial")
+            os.replace(f"{path}.partial", path)
+            print(f"{path}: {len(state)} parameters, {describe(state)}, input {model.img_size[0]} x {model.img_size[1]}")
+            return
+        torch.manual_seed(0)
+        model = load_checkpoint(flags.checkpoint)[0] if flags.checkpoint else LCTR(10, 64, 8, 96, 4, 3).eval()
+        images = torch.randn(1, 3, *model.img_size)
+        if flags.image:
+            with Image.open(flags.image) as picture:
+                pixels = ImageOps.exif_transpose(picture).convert("RGB").resize(model.img_size[::-1], Image.BILINEAR)
+            images = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
+            images = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    except (ValueError, OSError) as error:
+        sys.exit(f"lctr.py: error: {error}")
+    for equation, name, value in trace(model, images):
+        print(f"{equation:6} {name:30} {str(tuple(value.shape)):20} {value.min():10.3g} to {value.max():.3g}")
+
+
+if __name__ == "__main__":
+    main()

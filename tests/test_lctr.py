@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import lctr
 from lctr import LCTR, VisionTransformer, fuse, load_checkpoint, load_pretrained
@@ -490,3 +491,30 @@ def test_deit_by_name_uses_the_hubs_cache_and_fails_in_one_line(tmp_path, monkey
     with pytest.raises(ValueError, match=r"deit_small: cannot download https://.*cd65a155.pth .*put that file into") as caught:
         load_pretrained(LCTR(3), "deit_small")
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["lctr.py", *map(str, arguments)])
+    lctr.main()
+
+
+def test_trace_prints_every_step_of_one_image(tmp_path, monkeypatch, capsys):
+    Image.new("L", (50, 30), 99).save(tmp_path / "grey.png")
+    call(monkeypatch, tmp_path / "grey.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] + line.split()[1] for line in lines if line.startswith("Eq.")] == [
+        "Eq.4", "Eq.5", "Eq.6", "Eq.2", "Eq.6", "Eq.3"]
+    assert any("S_g" in line and "(1, 4)" in line for line in lines)
+
+
+def test_export_writes_what_load_pretrained_takes(tmp_path, monkeypatch, capsys):
+    torch.save(checkpoint(), tmp_path / "best.pt")
+    call(monkeypatch, "--export", tmp_path / "vit.pth", tmp_path / "best.pt")
+    state = torch.load(tmp_path / "vit.pth", weights_only=True)
+    assert set(state) == {key for key in checkpoint()["model"] if not key.startswith("cdm.")}
+    assert not load_pretrained(VisionTransformer(**SIZE | {"img_size": (12, 20)}), tmp_path / "vit.pth").ignored
+    with pytest.raises(SystemExit, match="lctr.py: error: .*none.pt"):
+        call(monkeypatch, "--export", tmp_path / "a.pth", tmp_path / "none.pt")
