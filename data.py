@@ -330,7 +330,7 @@ def _bird(u, label, palette):
     disc(hue, x, y, r)
     mark = MARKS[label // len(HUES)]
     if mark == "cap":
-        add(dark, _turned(CIRCLE, x, y, r, r)[14:], (x + r, y - 0.1 * r), (x - r, y - 0.1 * r))
+        add(dark, _turned(CIRCLE, x, y, r, r)[15:], (x + r, y - 0.1 * r), (x - r, y - 0.1 * r))
     elif mark == "ring":
         disc(dark, x, y, 0.66 * r)
         disc(hue, x, y, 0.34 * r)
@@ -375,7 +375,6 @@ class Birds(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         (h, w), pixels = self.img_size, self.pictures[index]                    # (H, W, 3)
-        view = fixed_view((w, h), (h, w), self.crop)
         if self.augment:
             rng = np.random.default_rng((self.seed, self.epoch, index))
             top, left = (int(rng.integers(2 * pad + 1)) for pad in self.pads)
@@ -385,8 +384,10 @@ class Birds(Dataset):
             if rng.random() < 0.5:
                 columns, view = columns[::-1], (x + w, y, x, y + h)
             pixels = pixels.take(rows, 0).take(columns, 1)
-        elif self.crop:
-            pixels = _resize(Image.fromarray(pixels), (w, h), view, (h, w))
+        else:
+            view = fixed_view((w, h), (h, w), self.crop)
+            if self.crop:
+                pixels = _resize(Image.fromarray(pixels), (w, h), view, (h, w))
         return {"image": normalise(pixels), "label": int(self.labels[index]), "palette": int(self.palettes[index]),
                 "boxes": torch.from_numpy(self.boxes[index:index + 1]), "size": (w, h), "view": view, "index": index,
                 "path": f"synthetic/{self.split}/{self.indices[index]:05d}"}
@@ -706,8 +707,8 @@ DATASETS = ("synthetic", *READERS)
 
 def has_split(name: str, root: str | Path | None, split: str) -> bool:
     """Whether there is such a split: train and test always, val for the birds and for a folder with val/."""
-    return split in ("train", "test") or split == "val" and (
-        name == "synthetic" or name == "folder" and bool(root) and (Path(root) / "val").is_dir())
+    has_val = name == "synthetic" or name == "folder" and bool(root) and os.path.isdir(Path(root) / "val")
+    return split in ("train", "test") or split == "val" and has_val
 
 
 def load_dataset(name: str, root: str | Path | None, split: str, img_size, *, limit: int | None = None,
