@@ -26,18 +26,18 @@ from torch import Tensor
 
 from . import dot_precision
 
-# Tile sizes per kernel and bytes per element. Chosen by what compiles without spills; see benchmark.py --compile.
+# Tile sizes, some by bytes per element, chosen by what compiles without spills on sm_80 and sm_90: see benchmark.py --compile.
 BLOCKS = {
     "conv_kernel": {2: dict(BLOCK_P=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=3),
-                 4: dict(BLOCK_P=64, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=2)},
+                    4: dict(BLOCK_P=64, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=2)},
     "conv_weight_kernel": {2: dict(BLOCK_C=64, BLOCK_D=64, BLOCK_P=32, num_warps=8, num_stages=3),
-                        4: dict(BLOCK_C=32, BLOCK_D=64, BLOCK_P=32, num_warps=8, num_stages=2)},
-    "window_sums_kernel": {2: dict(BLOCK_D=64, BLOCK_P=32, num_warps=4, num_stages=3),
-                    4: dict(BLOCK_D=64, BLOCK_P=32, num_warps=4, num_stages=3)},
-    "window_sums_backward_kernel": {2: dict(BLOCK_D=64, BLOCK_P=64, num_warps=4), 4: dict(BLOCK_D=64, BLOCK_P=64, num_warps=4)},
+                           4: dict(BLOCK_C=32, BLOCK_D=64, BLOCK_P=32, num_warps=8, num_stages=1)},
+    "window_sums_kernel": dict(BLOCK_D=64, BLOCK_P=32, num_warps=4, num_stages=3),
+    "window_sums_backward_kernel": dict(BLOCK_D=64, BLOCK_P=32, num_warps=4),
     "class_products_kernel": {2: dict(BLOCK_P=128, BLOCK_D=64, num_warps=8, num_stages=2),
-                         4: dict(BLOCK_P=128, BLOCK_D=32, num_warps=8, num_stages=2)},
+                              4: dict(BLOCK_P=128, BLOCK_D=32, num_warps=8, num_stages=2)},
 }
+MAX_STAGED = 8  # kernels whose tiles conv_kernel loads ahead into shared memory; with more of them it loads none ahead
 MAX_GROUP = 4  # kernels whose gradient tiles one program of conv_weight_kernel holds at a time
 
 
@@ -47,7 +47,7 @@ MAX_GROUP = 4  # kernels whose gradient tiles one program of conv_weight_kernel 
 @triton.jit
 def conv_kernel(
     x, scores, weight, bias, out,  # (B, IN, H, W); (B, G); (G, C, k*k, D) in memory; (C) or None; (B, H, W, OUT) in memory
-    stride_b, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
+    stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
     stride_out: tl.constexpr, stride_in: tl.constexpr, stride_tap: tl.constexpr, stride_g: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, G: tl.constexpr, KERNEL: tl.constexpr,
     DIRECTION: tl.constexpr,  # 1: the convolution, D channels to C. -1: its transpose, dX of dY, C channels to D.
@@ -61,12 +61,13 @@ def conv_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c_out = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     x += b * stride_b
+    scores += b * G
+    weight += c_out[None, :] * stride_out
     steps: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
 
     acc = tl.zeros([BLOCK_P, BLOCK_OUT], tl.float32)
     for step in range(KERNEL * KERNEL * steps):  # one loop, not two: so that loads run ahead across taps
-        tap = step // steps
-        c_in = step % steps * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        tap, c_in = step // steps, step % steps * BLOCK_IN + tl.arange(0, BLOCK_IN)
         row = p // W + DIRECTION * (tap // KERNEL - KERNEL // 2)
         column = p % W + DIRECTION * (tap % KERNEL - KERNEL // 2)
         inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
@@ -74,13 +75,12 @@ def conv_kernel(
             x + (row * stride_h + column * stride_w)[:, None] + c_in[None, :] * stride_c,
             mask=inside[:, None] & (c_in[None, :] < IN), other=0.0,
         )  # fmt: skip
+        w_tiles = weight + tap * stride_tap + c_in[:, None] * stride_in
+        w_inside = (c_in[:, None] < IN) & (c_out[None, :] < OUT)
         kernel = tl.zeros([BLOCK_IN, BLOCK_OUT], tl.float32)
         for g in tl.static_range(G):
-            w_tile = tl.load(
-                weight + g * stride_g + tap * stride_tap + c_in[:, None] * stride_in + c_out[None, :] * stride_out,
-                mask=(c_in[:, None] < IN) & (c_out[None, :] < OUT), other=0.0,
-            )  # fmt: skip
-            kernel += tl.load(scores + b * G + g) * w_tile.to(tl.float32)
+            w_tile = tl.load(w_tiles + g * stride_g, mask=w_inside, other=0.0).to(tl.float32)
+            kernel += tl.load(scores + g) * w_tile
         acc = tl.dot(x_tile, kernel.to(x_tile.dtype), acc, input_precision=PRECISION)
     if bias is not None:
         acc += tl.load(bias + c_out, mask=c_out < OUT, other=0.0).to(tl.float32)[None, :]
@@ -95,8 +95,8 @@ def conv_kernel(
 def conv_weight_kernel(
     x, grad, scores, weight,  # (B, D, H, W); dY (B, C, H, W); (B, G); (G, C, k*k, D) in memory
     grad_weight, grad_scores,  # as weight; (C blocks, D blocks, k*k, B, G): partial sums
-    stride_xb, stride_xc: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
-    stride_yb, stride_yc: tl.constexpr, stride_yh: tl.constexpr, stride_yw: tl.constexpr,
+    stride_xb: tl.constexpr, stride_xc: tl.constexpr, stride_xh: tl.constexpr, stride_xw: tl.constexpr,
+    stride_yb: tl.constexpr, stride_yc: tl.constexpr, stride_yh: tl.constexpr, stride_yw: tl.constexpr,
     B, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KERNEL: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,6 +151,8 @@ def _convolve_into(out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias:
     G, C, taps, D = weight.shape
     OUT, stride_out, stride_in = (C, taps * D, 1) if direction == 1 else (D, 1, taps * D)
     blocks = BLOCKS["conv_kernel"][x.itemsize]
+    if G > MAX_STAGED:
+        blocks = blocks | dict(num_stages=1)
     grid = (triton.cdiv(H * W, blocks["BLOCK_P"]), triton.cdiv(OUT, blocks["BLOCK_OUT"]), B)
     conv_kernel[grid](
         x, scores, weight, bias, out, *x.stride(), stride_out, stride_in, D, C * taps * D,
@@ -251,7 +253,7 @@ def window_counts(p, tap, H: tl.constexpr, W: tl.constexpr, KERNEL: tl.constexpr
 @triton.jit
 def window_sums_kernel(
     x, sums,  # (B, D, H, W), (B, D, k*k)
-    stride_b, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
+    stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, KERNEL: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -308,7 +310,7 @@ def window_sums(x: Tensor, kernel: int, padded: bool) -> Tensor:
     """x (B, D, h, w) -> P (B, D, k*k): its means over the k*k windows, as the torch path's x.flatten(2) @ window_weights."""
     B, D, H, W = x.shape
     sums = _sums_shape(x, kernel, padded)
-    blocks = BLOCKS["window_sums_kernel"][x.itemsize]
+    blocks = BLOCKS["window_sums_kernel"]
     window_sums_kernel[(B, triton.cdiv(D, blocks["BLOCK_D"]))](
         x, sums, *x.stride(), D, H, W, kernel, padded, BLOCK_T=16, PRECISION=dot_precision(), **blocks
     )
@@ -325,7 +327,7 @@ def _spread_windows(grad: Tensor, h: int, w: int, kernel: int, padded: bool) -> 
     """dP (B, D, k*k) -> dX (B, D, h, w), channels-last."""
     B, D, _ = grad.shape
     grad_x = _spread_shape(grad, h, w, kernel, padded)
-    blocks = BLOCKS["window_sums_backward_kernel"][grad.itemsize]
+    blocks = BLOCKS["window_sums_backward_kernel"]
     grid = (B, triton.cdiv(D, blocks["BLOCK_D"]), triton.cdiv(h * w, blocks["BLOCK_P"]))
     window_sums_backward_kernel[grid](
         grad.contiguous(), grad_x, D, h, w, kernel, padded, BLOCK_T=16, PRECISION=dot_precision(), **blocks
@@ -356,7 +358,7 @@ window_sums.register_autograd(_windows_gradient, setup_context=_save_windows)
 @triton.jit
 def class_products_kernel(
     x, scores, weight, classes, products,  # (B, D, P); (B, G); (G, C, D, k*k); (B, K); (B, K*k*k, P)
-    stride_b, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr, K,
+    stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr, K,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -376,13 +378,12 @@ def class_products_kernel(
             x + b * stride_b + (p // W * stride_h + p % W * stride_w)[:, None] + d[None, :] * stride_c,
             mask=(p[:, None] < H * W) & (d[None, :] < D), other=0.0,
         )  # fmt: skip
+        w_tiles = weight + (c[None, :] * D + d[:, None]) * TAPS + (TAPS - 1 - n[None, :] % TAPS)
+        w_inside = (n[None, :] < K * TAPS) & (d[:, None] < D)
         kernel = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
-        for g in tl.static_range(G):
-            w_tile = tl.load(
-                weight + ((g * C + c[None, :]) * D + d[:, None]) * TAPS + TAPS - 1 - n[None, :] % TAPS,
-                mask=(n[None, :] < K * TAPS) & (d[:, None] < D), other=0.0,
-            )  # fmt: skip
-            kernel += tl.load(scores + b * G + g) * w_tile.to(tl.float32)
+        for g in range(G):
+            w_tile = tl.load(w_tiles + g * C * D * TAPS, mask=w_inside, other=0.0).to(tl.float32)
+            kernel += tl.load(scores + b * G + g) * w_tile
         acc = tl.dot(x_tile, kernel.to(x_tile.dtype), acc, input_precision=PRECISION)
     tl.store(
         products + (b * K * TAPS + n[None, :]) * (H * W) + p[:, None],

@@ -26,14 +26,15 @@ from torch import Tensor
 
 from . import dot_precision
 
-# Tile sizes per kernel and bytes per element. Chosen by what compiles without spills; see benchmark.py --compile.
+# Tile sizes, chosen by what compiles without spills on sm_80 and sm_90: see benchmark.py --compile. Attention's go by the
+# bytes of a head's row of q: up to 256 (d = 128 in 16 bits, 64 in float32) or 512.
 BLOCKS = {
-    "aggregate_kernel": {2: dict(BLOCK_I=16, BLOCK_J=64, num_warps=4), 4: dict(BLOCK_I=16, BLOCK_J=64, num_warps=4)},
-    "aggregate_backward_kernel": {2: dict(BLOCK_I=8, BLOCK_J=64, num_warps=4), 4: dict(BLOCK_I=8, BLOCK_J=64, num_warps=4)},
-    "attention_kernel": {2: dict(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=2),
-               4: dict(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=2)},
-    "relation_kernel": {2: dict(BLOCK_I=32, BLOCK_J=64, num_warps=4, num_stages=3),
-               4: dict(BLOCK_I=32, BLOCK_J=64, num_warps=4, num_stages=2)},
+    "aggregate_kernel": dict(BLOCK_I=32, BLOCK_J=64, num_warps=4),
+    "aggregate_backward_kernel": dict(BLOCK_I=16, BLOCK_J=64, num_warps=4),
+    "attention_kernel": {256: dict(BLOCK_I=64, BLOCK_J=32, num_warps=4, num_stages=2),
+                         512: dict(BLOCK_I=16, BLOCK_J=32, num_warps=4, num_stages=2)},
+    "relation_kernel": {256: dict(BLOCK_I=32, BLOCK_J=64, num_warps=4, num_stages=3),
+                        512: dict(BLOCK_I=16, BLOCK_J=64, num_warps=4, num_stages=2)},
 }
 
 
@@ -43,8 +44,8 @@ BLOCKS = {
 @triton.jit
 def aggregate_kernel(
     attn, cls_attn, relation,  # (B, S, T, T), (B, T), (B, T-1)
-    stride_b, stride_s, stride_i, stride_j, T,
-    S: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    stride_b, stride_s, stride_i, stride_j, S, T,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_J columns of one image and goes down their rows: so a column's sum needs no other program.
 
@@ -55,7 +56,7 @@ def aggregate_kernel(
     attn += b * stride_b
 
     cls_row = tl.zeros([BLOCK_J], tl.float32)  # sum_s A_s[0, j]
-    for s in tl.static_range(S):
+    for s in range(S):
         cls_row += tl.load(attn + s * stride_s + j * stride_j, mask=j < T, other=0.0).to(tl.float32)
     tl.store(cls_attn + b * T + j, cls_row / S, mask=j < T)
 
@@ -65,7 +66,7 @@ def aggregate_kernel(
         inside = (i[:, None] < T) & (j[None, :] < T)
         guide = tl.zeros([BLOCK_I], tl.float32)  # sum_s A_s[0, i]
         heads = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)  # sum_s A_s[i, j]
-        for s in tl.static_range(S):
+        for s in range(S):
             head = attn + s * stride_s
             guide += tl.load(head + i * stride_j, mask=i < T, other=0.0).to(tl.float32)
             tile = tl.load(head + i[:, None] * stride_i + j[None, :] * stride_j, mask=inside, other=0.0)
@@ -79,8 +80,8 @@ def aggregate_kernel(
 def aggregate_backward_kernel(
     attn, cls_attn, grad_relation,  # (B, S, T, T), (B, T), (B, T-1)
     grad_attn, grad_guide,  # (B, T, T), the same for every head; (B, T)
-    stride_b, stride_s, stride_i, stride_j, T,
-    S: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+    stride_b, stride_s, stride_i, stride_j, S, T,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """With g[j] = dM^r[j] / T: dA_s[i, j] = M^c[i] g[j] / S in rows i >= 1, and dM^c[i] = sum_j A'[i, j] g[j].
 
@@ -99,7 +100,7 @@ def aggregate_backward_kernel(
         gradient = (guide[:, None] * g[None, :] / S).to(grad_attn.dtype.element_ty)
         tl.store(grad_attn + (b * T + i[:, None]) * T + j[None, :], gradient, mask=inside & (i[:, None] >= 1))
         heads = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-        for s in tl.static_range(S):
+        for s in range(S):
             tile = tl.load(
                 attn + s * stride_s + i[:, None] * stride_i + j[None, :] * stride_j, mask=inside, other=0.0
             )
@@ -113,9 +114,9 @@ def aggregate_attention(attn: Tensor) -> tuple[Tensor, Tensor]:
     """A (B, S, T, T) -> M^c (B, T), M^r (B, T-1), float32."""
     B, S, T, _ = attn.shape
     cls_attn, relation = _aggregate_shapes(attn)
-    blocks = BLOCKS["aggregate_kernel"][attn.itemsize]
+    blocks = BLOCKS["aggregate_kernel"]
     grid = (B, triton.cdiv(T, blocks["BLOCK_J"]))
-    aggregate_kernel[grid](attn, cls_attn, relation, *attn.stride(), T, S, **blocks)
+    aggregate_kernel[grid](attn, cls_attn, relation, *attn.stride(), S, T, **blocks)
     return cls_attn, relation
 
 
@@ -132,10 +133,10 @@ def _aggregate_attention_backward(attn: Tensor, cls_attn: Tensor, grad_cls: Tens
     grad_attn = _aggregate_backward_shape(attn, cls_attn, grad_cls, grad_relation)
     grad_guide = torch.empty_like(cls_attn)
     grad_relation = grad_relation.contiguous()
-    blocks = BLOCKS["aggregate_backward_kernel"][attn.itemsize]
+    blocks = BLOCKS["aggregate_backward_kernel"]
     grid = (B, triton.cdiv(T, blocks["BLOCK_I"]))
     aggregate_backward_kernel[grid](
-        attn, cls_attn, grad_relation, grad_attn, grad_guide, *attn.stride(), T, S, **blocks
+        attn, cls_attn, grad_relation, grad_attn, grad_guide, *attn.stride(), S, T, **blocks
     )
     # Row 0 is a row of A like the others, the source of M^c, and the weight of every row.
     row = cls_attn[:, :1] * torch.nn.functional.pad(grad_relation / T, (1, 0)) + grad_cls + grad_guide  # (B, T)
@@ -168,9 +169,8 @@ aggregate_attention.register_autograd(_aggregate_gradient, setup_context=_save_a
 @triton.jit
 def attention_kernel(
     q, k, v, out, lse, cls_rows,  # (B, S, T, d) x 3; out (B, T, S, d) in memory; (B, S, T); (B, S, T)
-    stride_b, stride_s, stride_t, T, scale,  # scale: log2(e) / sqrt(d), so that exp is exp2
-    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    stride_b, stride_s, stride_t, S, T, scale,  # scale: log2(e) / sqrt(d), so that exp is exp2
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_I rows of one head's A: softmax runs along them, so they never leave the registers.
 
@@ -221,9 +221,8 @@ def attention_kernel(
 @triton.jit
 def relation_kernel(
     q, k, lse, cls_attn, columns,  # (B, S, T, d) x 2; (B, S, T); (B, T); (B, S, T)
-    stride_b, stride_s, stride_t, T, scale,
-    S: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
+    stride_b, stride_s, stride_t, S, T, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """columns[j] = sum_i M^c[i] A_s[i, j]. A program owns BLOCK_J columns of one head's A, recomputed transposed from lse.
 
@@ -260,14 +259,16 @@ def attention_relation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, _, _ = _attention_shapes(q, k, v)
     lse, cls_rows, columns = q.new_empty(3, B, S, T, dtype=torch.float32)
-    sizes = (*q.stride()[:3], T, math.log2(math.e) / math.sqrt(D), S, D, max(16, triton.next_power_of_2(D)))
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    row_bytes = 256 if BLOCK_D * q.itemsize <= 256 else 512
+    sizes = (*q.stride()[:3], S, T, math.log2(math.e) / math.sqrt(D), D, BLOCK_D)
 
-    blocks = BLOCKS["attention_kernel"][q.itemsize]
+    blocks = BLOCKS["attention_kernel"][row_bytes]
     grid = (triton.cdiv(T, blocks["BLOCK_I"]), B * S)
     attention_kernel[grid](q, k, v, out, lse, cls_rows, *sizes, PRECISION=dot_precision(), **blocks)
     cls_attn = cls_rows.mean(1)  # (B, T)
 
-    blocks = BLOCKS["relation_kernel"][q.itemsize]
+    blocks = BLOCKS["relation_kernel"][row_bytes]
     grid = (triton.cdiv(T, blocks["BLOCK_J"]), B * S)
     relation_kernel[grid](q, k, lse, cls_attn, columns, *sizes, PRECISION=dot_precision(), **blocks)
     return out, cls_attn, columns[:, :, 1:].mean(1) / T
