@@ -143,10 +143,10 @@ def conv_weight_kernel(
 def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, D, h, w), scores (B, G), weight (G, C, D, k, k), bias (C) or None -> (B, C, h, w), channels-last."""
     weight = weight.flatten(3).transpose(2, 3).contiguous()  # (G, C, k*k, D): one copy, for loads of 16 bytes
-    return _convolve(x, scores.float().contiguous(), weight, bias)
+    return dynamic_conv2d_op(x, scores.float().contiguous(), weight, bias)
 
 
-def _convolve_into(out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, direction: int) -> None:
+def _launch_conv(out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, direction: int) -> None:
     B, IN, H, W = x.shape
     G, C, taps, D = weight.shape
     OUT, stride_out, stride_in = (C, taps * D, 1) if direction == 1 else (D, 1, taps * D)
@@ -161,35 +161,35 @@ def _convolve_into(out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias:
 
 
 @torch.library.custom_op(f"{__package__}::dynamic_conv2d", mutates_args=())
-def _convolve(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def dynamic_conv2d_op(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As dynamic_conv2d, with weight (G, C, k*k, D) contiguous and scores contiguous float32."""
     out = _maps_shape(x, scores, weight, bias)
-    _convolve_into(out, x, scores, weight, bias, direction=1)
+    _launch_conv(out, x, scores, weight, bias, direction=1)
     return out
 
 
-@_convolve.register_fake
+@dynamic_conv2d_op.register_fake
 def _maps_shape(x, scores, weight, bias):
     B, _, H, W = x.shape
     return x.new_empty(B, H, W, weight.shape[1]).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op(f"{__package__}::dynamic_conv2d_grad_x", mutates_args=())
-def _convolve_grad_x(grad: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
+def dynamic_conv2d_grad_x(grad: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
     """dY (B, C, h, w) -> dX (B, D, h, w), channels-last."""
     out = _grad_x_shape(grad, scores, weight)
-    _convolve_into(out, grad, scores, weight, None, direction=-1)
+    _launch_conv(out, grad, scores, weight, None, direction=-1)
     return out
 
 
-@_convolve_grad_x.register_fake
+@dynamic_conv2d_grad_x.register_fake
 def _grad_x_shape(grad, scores, weight):
     B, _, H, W = grad.shape
     return grad.new_empty(B, H, W, weight.shape[3]).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op(f"{__package__}::dynamic_conv2d_grad_weight", mutates_args=())
-def _convolve_grad_weight(grad: Tensor, x: Tensor, scores: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def dynamic_conv2d_grad_weight(grad: Tensor, x: Tensor, scores: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """dY, X, S, W -> dW (G, C, k*k, D), dS (B, G)."""
     B, D, H, W = x.shape
     G, C, taps, _ = weight.shape
@@ -205,7 +205,7 @@ def _convolve_grad_weight(grad: Tensor, x: Tensor, scores: Tensor, weight: Tenso
     return grad_weight, partial.sum((0, 1, 2))
 
 
-@_convolve_grad_weight.register_fake
+@dynamic_conv2d_grad_weight.register_fake
 def _grad_weight_shapes(grad, x, scores, weight):
     return torch.empty_like(weight), torch.empty_like(scores)
 
@@ -219,15 +219,15 @@ def _convolution_gradients(ctx, grad):
     x, scores, weight = ctx.saved_tensors
     grad_x = grad_scores = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _convolve_grad_x(grad, scores, weight)
+        grad_x = dynamic_conv2d_grad_x(grad, scores, weight)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_scores = _convolve_grad_weight(grad, x, scores, weight)
+        grad_weight, grad_scores = dynamic_conv2d_grad_weight(grad, x, scores, weight)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum((0, 2, 3))
     return grad_x, grad_scores, grad_weight, grad_bias
 
 
-_convolve.register_autograd(_convolution_gradients, setup_context=_save_convolution)
+dynamic_conv2d_op.register_autograd(_convolution_gradients, setup_context=_save_convolution)
 
 
 # ------------------------------------------------------------------------------------------- their mean over places
@@ -323,7 +323,7 @@ def _sums_shape(x, kernel, padded):
 
 
 @torch.library.custom_op(f"{__package__}::window_sums_backward", mutates_args=())
-def _spread_windows(grad: Tensor, h: int, w: int, kernel: int, padded: bool) -> Tensor:
+def window_sums_backward(grad: Tensor, h: int, w: int, kernel: int, padded: bool) -> Tensor:
     """dP (B, D, k*k) -> dX (B, D, h, w), channels-last."""
     B, D, _ = grad.shape
     grad_x = _spread_shape(grad, h, w, kernel, padded)
@@ -335,7 +335,7 @@ def _spread_windows(grad: Tensor, h: int, w: int, kernel: int, padded: bool) -> 
     return grad_x
 
 
-@_spread_windows.register_fake
+@window_sums_backward.register_fake
 def _spread_shape(grad, h, w, kernel, padded):
     return grad.new_empty(len(grad), h, w, grad.shape[1]).permute(0, 3, 1, 2)
 
@@ -346,7 +346,7 @@ def _save_windows(ctx, inputs, output):
 
 
 def _windows_gradient(ctx, grad):
-    return _spread_windows(grad, *ctx.size, *ctx.window), None, None
+    return window_sums_backward(grad, *ctx.size, *ctx.window), None, None
 
 
 window_sums.register_autograd(_windows_gradient, setup_context=_save_windows)
