@@ -24,7 +24,6 @@ import json
 import math
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -132,7 +131,7 @@ def largest(components: Components, cells: int, height: int, width: int) -> Tens
     best = order.new_full((cells,), -1).scatter_reduce(0, components.cell, order, "amax")
     found = best >= 0
     boxes = best.new_tensor([0, 0, width, height]).repeat(cells, 1)
-    boxes[found] = components.box[n - 1 - best[found] % n] if n else boxes[found]
+    boxes[found] = components.box[n - 1 - best[found] % max(n, 1)]
     return boxes
 
 
@@ -522,23 +521,16 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """write(file) fills a temporary file beside `path`, which takes its name once whole and on disk; else it stays as it was."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -549,7 +541,7 @@ def write_png(path: str | Path, picture: Image.Image) -> None:
     write_atomic(path, lambda file: picture.save(file, "PNG"))
 
 
-def progress(items: Sequence | Iterable, label: str, show: bool = True) -> Iterator:
+def progress(items: Sequence, label: str, show: bool = True) -> Iterator:
     """Passes items through and tells on standard error how far it is: on a terminal in one line that overwrites itself, with
     rate and time left; elsewhere in a plain line every 30 s, so that what is short says nothing."""
     total, started = len(items), time.monotonic()
@@ -1064,7 +1056,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     except (ValueError, RuntimeError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        print(f"evaluate.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
     except OSError as error:
         print(f"evaluate.py: error: {error.filename or flags.out}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:

@@ -423,8 +423,9 @@ def test_a_hit_exceeds_half_while_the_oracle_may_equal_it():
 def test_a_threshold_that_was_not_scored_is_an_error():
     with pytest.raises(ValueError, match="0.123 was not scored"):
         evaluate.summarise(made_up(np.zeros((1, 100), np.float32)), 0.123)
-    scores = evaluate.score(toy_model(), Toy(4), threshold=0.123)
-    assert len(evaluate.summarise(scores, 0.123)["couplings"]["relation"]["gt_known_curve"]) == 100
+    rows = [evaluate.summarise(evaluate.score(toy_model(), Toy(8), threshold=extra), 0.2)["couplings"] for extra in (0.0005, None)]
+    assert rows[0] == rows[1] and len(rows[0]["cls-only"]["gt_known_curve"]) == 100  # one more threshold moves no curve
+    assert len(set(rows[0]["cls-only"]["gt_known_curve"])) > 3
 
 
 @pytest.mark.parametrize("box, truth, top1, kind", [
