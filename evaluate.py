@@ -7,9 +7,9 @@
 
 What every number means, and where the choices are made:
 
-    class       the map is the predicted class's (Eq. 3), unless --gt-class asks for the label's; oracles use the label's
+    class       the map is the predicted class's (Eq. 3), or with --gt-class the label's; oracles use the label's
     map         one per coupling of class map, M~c and M^r: lctr.fuse; all couplings are scored from one forward pass
-    box         resized to the network's input, stretched to [0, 1], value > threshold, the largest 8-connected component
+    box         resized to the input's size, stretched to [0, 1], value > threshold, the largest 8-connected component
     IoU         half-open boxes, best over the image's annotated boxes, above 0.5 for a hit
     frame       the whole image squashed to the network's input; --crop SIZE its centre, boxes clipped to it
     threshold   --threshold, the checkpoint's own, or the best on val; never the best on the split that is scored
@@ -64,19 +64,20 @@ class Components(NamedTuple):
 def connected_components(maps: Tensor, thresholds: Tensor) -> Components:
     """All 8-connected components of `stretched map > threshold`: maps (M, H, W), thresholds (T,) ascending.
 
-    Each map is stretched to [0, 1] first; one that is constant or not finite has no component. A mask is a list of runs,
-    pixels side by side in a row, and never exists otherwise: as thresholds nest, a step of the map from 3 to 5 thresholds
-    passed starts a run in masks 3 and 4. A run's key is its place in the stack of all masks, each with an empty column and
-    row after its own, so that a step of `stride` leads to the next row and touching never crosses masks.
+    Each map is stretched to [0, 1] first; one that is constant or not finite has no component. A mask is a list of
+    runs, pixels side by side in a row, and never exists otherwise: as thresholds nest, a step of the map from 3 to 5
+    thresholds passed starts a run in masks 3 and 4. A run's key is its place in the stack of all masks, each with an
+    empty column and row after its own, so that a step of `stride` leads to the next row and touching never crosses
+    masks.
     """
     M, H, W = maps.shape
     T, stride, plane = len(thresholds), W + 1, (H + 1) * (W + 1)
     low, high = maps.amin((1, 2), True), maps.amax((1, 2), True)  # (M, 1, 1)
     stretched = ((maps - low) / (high - low)).nan_to_num(0, 0, 0)
-    passed = F.pad(torch.bucketize(stretched.contiguous(), thresholds), (1, 1, 0, 1))  # (M, H+1, W+2): thresholds below the value
-    before, after = passed[:, :, :-1].flatten(), passed[:, :, 1:].flatten()  # (M * plane): across each pixel's left edge
+    passed = F.pad(torch.bucketize(stretched.contiguous(), thresholds), (1, 1, 0, 1))  # (M, H+1, W+2)
+    before, after = passed[:, :, :-1].flatten(), passed[:, :, 1:].flatten()  # (M * plane): left and right of an edge
 
-    start, end = steps_up(before, after, plane, T), steps_up(after, before, plane, T)  # (n) keys each: run i is [start, end)
+    start, end = steps_up(before, after, plane, T), steps_up(after, before, plane, T)  # (n) keys each, half-open runs
     own = torch.arange(len(start), device=maps.device)
     above, touches = first_touching(start, end, -stride)
     root = follow(torch.where(touches, above, own))  # (n): each run climbs to one that has none above
@@ -110,7 +111,7 @@ def steps_up(before: Tensor, after: Tensor, plane: int, T: int) -> Tensor:
 
 
 def first_touching(start: Tensor, end: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """For each run the first run that touches it, corners included, in the row that lies `step` further; whether one does."""
+    """For each run the first that touches it, corners included, in the row `step` further, and whether there is one."""
     other = torch.searchsorted(end, start + step)
     exists = other < len(end)
     other = torch.where(exists, other, 0)
@@ -125,7 +126,7 @@ def follow(parent: Tensor) -> Tensor:
 
 
 def largest(components: Components, cells: int, height: int, width: int) -> Tensor:
-    """The box (cells, 4) of each cell's component of most pixels, the first of equals; the whole image where it has none."""
+    """Each cell's box (cells, 4): its component of most pixels, the first of equals; the whole image if it has none."""
     n = len(components.cell)
     order = components.pixels * n + torch.arange(n - 1, -1, -1, device=components.cell.device)
     best = order.new_full((cells,), -1).scatter_reduce(0, components.cell, order, "amax")
@@ -137,7 +138,7 @@ def largest(components: Components, cells: int, height: int, width: int) -> Tens
 
 @contextlib.contextmanager
 def one_thread():
-    """Hundreds of small operations: handing each to several threads costs more than it saves, on a busy machine tenfold."""
+    """For hundreds of small operations: to share each among threads costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -156,8 +157,9 @@ def largest_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The box of each map's largest component at each threshold: maps (B, H, W) -> (B, T, 4) int64, half-open xyxy.
 
     A map is stretched to [0, 1] by its own extremes, then value > threshold, the largest 8-connected component by pixel
-    count (of equals the one whose first pixel in row order comes first), its box. A map that is constant or not finite, or
-    a threshold that nothing exceeds, gives the whole image. Thresholds in any order. Raises ValueError for other shapes.
+    count (of equals the one whose first pixel in row order comes first), its box. A map that is constant or not finite,
+    or a threshold that nothing exceeds, gives the whole image. Thresholds in any order. Raises ValueError for other
+    shapes.
     """
     if maps.ndim != 3 or 0 in maps.shape[1:]:
         raise ValueError(f"maps: got shape {tuple(maps.shape)}, need (B, H, W)")
@@ -196,8 +198,8 @@ def area(box: Tensor) -> Tensor:
 def to_input(boxes: Sequence[Tensor], view: Tensor, img_size: tuple[int, int]) -> Tensor:
     """B lists of annotated boxes (M_b, 4) in image pixels -> (B, M, 4) in the input's frame, clipped to it.
 
-    view (B, 4) is the part of each image that the network sees. Lists shorter than the longest (at least 1) are filled up
-    with boxes of no area. IoU is the same in both frames: each axis is scaled alone.
+    view (B, 4) is the part of each image that the network sees. Lists shorter than the longest (at least 1) are filled
+    up with boxes of no area. IoU is the same in both frames: each axis is scaled alone.
     """
     boxes = torch.nn.utils.rnn.pad_sequence([torch.zeros(1, 4), *boxes], batch_first=True)[1:].double()  # (B, M, 4)
     scale, origin = input_frame(view, img_size)
@@ -230,11 +232,11 @@ class Scores(NamedTuple):
     gt_class: bool  # whose map `box` and `iou` are: the label's, or the predicted class's
     seconds: dict[str, float]  # spent in the forward pass and in boxes and IoU
     images: dict[str, np.ndarray | list]
-    # index (n,), label (n,), top5 (n, min(5, C)), path, boxes [(M, 4)] and size (n, 2) as the data set has them, view (n, 4),
-    # box (n, Q, T, 4) int16 in the input's frame, iou (n, Q, T) float32,
-    # oracle (n, Q, T, 4) bool: the label's map, its largest box's IoU >= 0.5, any component's >= 0.3, 0.5, 0.7,
-    # baseline (n, 2) float32: IoU of the whole image and of the centred box of half its area,
-    # and, where asked for, class_map (n, h, w), predicted class's or label's, cls_map and relation_map (n, h, w)
+    # index (n,), label (n,), top5 (n, min(5, C)); path, boxes [(M, 4)], size (n, 2), view (n, 4) as the data set has
+    # them; box (n, Q, T, 4) int16 in the input's frame, iou (n, Q, T) float32;
+    # oracle (n, Q, T, 4) bool: the label's map, its largest box's IoU >= 0.5, any component's >= 0.3, 0.5, 0.7;
+    # baseline (n, 2) float32: IoU of the whole image and of the centred box of half its area;
+    # where asked for, class_map (n, h, w), the predicted class's or the label's, cls_map and relation_map (n, h, w)
 
     @property
     def annotated(self) -> np.ndarray:
@@ -275,9 +277,10 @@ def score(
 ) -> Scores:
     """Classifies and localises every image of the data set once. Its model must be on `device`.
 
-    couplings: those to score; None for all that the head has, () for classification alone. threshold: one to score besides
-    THRESHOLDS. gt_class: `box` and `iou` come from the label's map. keep_maps: the maps on the patch grid stay too.
-    Under torch.distributed each process takes its share and all get the whole result, the same for any number of them.
+    couplings: those to score; None for all that the head has, () for classification alone. threshold: one to score
+    besides THRESHOLDS. gt_class: `box` and `iou` come from the label's map. keep_maps: the maps on the patch grid stay
+    too. Under torch.distributed each process takes its share and all get the whole result, the same for any number of
+    them.
     """
     couplings = couplings_of(model) if couplings is None else tuple(couplings)
     thresholds = sorted({*THRESHOLDS, *([] if threshold is None else [threshold])})
@@ -312,7 +315,8 @@ def score_batch(
     """The `images` entries of Scores for one batch."""
     images, labels = batch["image"].to(device), batch["label"].to(device)
     started = now(device)
-    localization = model.localize(images, torch.stack([torch.full_like(labels, -1), labels], 1))  # K = 2: predicted, label
+    classes = torch.stack([torch.full_like(labels, -1), labels], 1)  # (B, 2): the predicted one, the label
+    localization = model.localize(images, classes)
     forwarded = now(device)
     truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
     part = {"label": labels, "top5": localization.logits.topk(min(5, localization.logits.shape[1])).indices,
@@ -359,10 +363,10 @@ def enlarge(maps: Tensor, img_size: tuple[int, int]) -> Tensor:
 def score_maps(
     maps: Tensor, truth: Tensor, img_size: tuple[int, int], thresholds: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """M fused maps (M, h, w), each against its image's annotated boxes (M, K, 4) in the input's frame, ascending thresholds.
+    """Fused maps (M, h, w), each against its image's annotated boxes (M, K, 4) in the input's frame.
 
-    Returns the largest component's box (M, T, 4) int16, its IoU (M, T) float32, and the best IoU of any component's box; each
-    IoU is the best over the image's annotated boxes. A map without a component counts as the whole image.
+    Returns the largest component's box (M, T, 4) int16, its IoU (M, T) float32, and the best IoU of any component's
+    box; each IoU is the best over the image's annotated boxes. A map without a component counts as the whole image.
     """
     M, T, found = len(maps), len(thresholds), []
     ascending = torch.tensor(thresholds, device=maps.device)
@@ -378,7 +382,7 @@ def score_maps(
 
 
 def baseline_iou(truth: Tensor, img_size: tuple[int, int]) -> Tensor:
-    """truth (B, M, 4) -> (B, 2): IoU of two boxes that ignore the image, all of it and the centred one of half its area."""
+    """truth (B, M, 4) -> (B, 2): IoU of two boxes that ignore the image: all of it, and its centred half by area."""
     height, width = img_size
     low, high = (1 - math.sqrt(0.5)) / 2, (1 + math.sqrt(0.5)) / 2
     boxes = torch.tensor([[0, 0, 1, 1], [low, low, high, high]]) * torch.tensor([width, height] * 2)  # (2, 4)
@@ -392,11 +396,11 @@ FAILURES = ("wrong class", "one of several", "part of the object", "too much", "
 
 
 def failure_kinds(scores: Scores, coupling: str, threshold: float) -> np.ndarray:
-    """Why Top-1 localisation fails, by image: (n,) indices into FAILURES, -1 where it is right or the image has no boxes.
+    """Why Top-1 localisation fails, by image: (n,) indices into FAILURES, -1 where right or without boxes.
 
     The first that applies, so that the kinds' shares add up to 100 - top1_loc (those of TS-CAM's analysis):
       wrong class          the label is not the predicted class, whatever the box
-      one of several       the box covers more than 30 % of each of two or more annotated boxes: it tells no object apart
+      one of several       the box covers more than 30 % of each of two or more annotated boxes
       part of the object   more than half of the box lies in the annotated box that it meets best (by IoU)
       too much             the box covers more than 70 % of that annotated box
       elsewhere            all others
@@ -424,13 +428,16 @@ def threshold_index(scores: Scores, threshold: float) -> int:
 def summarise(scores: Scores, threshold: float) -> dict:
     """All metrics of a pass at one threshold, as metrics.json has them: percent, unrounded; mean_iou in [0, 1].
 
-    top1_cls, top5_cls: the label is the predicted class, or among the five likeliest; over all n images. All others are over
-    the n_boxes images with annotated boxes, None where there are none:
+    top1_cls, top5_cls: the label is the predicted class, or among the five likeliest; over all n images. All others are
+    over the n_boxes images with annotated boxes, None where there are none:
     gt_known: IoU > 0.5. top1_loc, top5_loc: gt_known and top1_cls, top5_cls (the paper's rule: one box per image, while
-      TS-CAM's code gives each of the five classes a box of its own). mean_iou of that box. gt_known_curve: at each threshold.
+      TS-CAM's code gives each of the five classes a box of its own). mean_iou of that box. gt_known_curve: at each
+      threshold.
     best_threshold: where gt_known_curve peaks: an oracle, shown beside the threshold in use.
-    max_box_acc: IoU >= 0.5 of the label's map's largest component, at the best threshold, found after averaging over images.
-    max_box_acc_v2: the same for any component, best threshold for each of IoU >= 0.3, 0.5, 0.7, then averaged. Oracles both.
+    max_box_acc: IoU >= 0.5 of the label's map's largest component, at the best threshold, found after averaging over
+    images.
+    max_box_acc_v2: the same for any component, best threshold for each of IoU >= 0.3, 0.5, 0.7, then averaged. Oracles
+    both.
     failures: the share of each of FAILURES. baselines: gt_known of two fixed boxes.
     """
     images, has = scores.images, scores.annotated
@@ -470,7 +477,7 @@ def percent(hits: np.ndarray) -> float | None:
 
 
 def best_threshold(scores: Scores, coupling: str) -> float:
-    """The first of THRESHOLDS at which most images are localised (gt_known): for choosing on val, never on the test split."""
+    """The first of THRESHOLDS with the highest gt_known: to choose on val, never on the test split."""
     if not scores.annotated.any():
         raise ValueError("threshold: auto needs annotated boxes, the images have none")
     return summarise(scores, THRESHOLDS[0])["couplings"][coupling]["best_threshold"]
@@ -491,7 +498,8 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
     lines = [f"{one['n']} images" + (f", {one['n_boxes']} of them with boxes" if one["n_boxes"] < one["n"] else "")]
     for name, m in zip(names, several):
         lines.append(f"{name:{left}}top-1 classification {m['top1_cls']:.2f} %, top-5 {m['top5_cls']:.2f} %; "
-                     f"boxes at threshold {m['threshold']:g}" + (f" ({m['threshold_from']})" if "threshold_from" in m else ""))
+                     f"boxes at threshold {m['threshold']:g}"
+                     + (f" ({m['threshold_from']})" if "threshold_from" in m else ""))
     whose = "the predicted class's map" if one["map_class"] == "predicted" else "the LABEL's map (--gt-class)"
     lines += ["", f"Localisation in %: box of the largest component of {whose}, IoU > 0.5; mean IoU of that box.",
               "Oracles: the label's map, the best threshold of these very images; best-thr is gt-known's.", "",
@@ -502,8 +510,9 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
         for coupling, row in m["couplings"].items():
             lines.append(
                 f"{name:{left}}{row['label']:{width}}" + cells(row["top1_loc"], row["top5_loc"], row["gt_known"])
-                + cells(row["mean_iou"], digits=3) + f"{'|':>3}{'':9}" + cells(row["max_box_acc"], row["max_box_acc_v2"])
-                + cells(row["best_threshold"]) + ("  *" if coupling == m.get("coupling", chosen) else ""))
+                + cells(row["mean_iou"], digits=3) + f"{'|':>3}{'':9}"
+                + cells(row["max_box_acc"], row["max_box_acc_v2"], row["best_threshold"])
+                + ("  *" if coupling == m.get("coupling", chosen) else ""))
     for name, key in (("whole image", "whole_image"), ("centred box of half the area", "centred_box")):
         lines.append(f"{'':{left}}{name:{width}}{'':22}" + cells(one["baselines"][key]))
     lines += ["", "Why top-1 localisation fails, in % of images:",
@@ -511,7 +520,8 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
     for name, m in zip(names, several):
         for row in m["couplings"].values():
             lines.append(f"{name:{left}}{row['label']:{width}}" + "".join(
-                f"{'-' if share is None else f'{share:.2f}':>{len(kind) + 2}}" for kind, share in row["failures"].items()))
+                f"{'-' if share is None else f'{share:.2f}':>{len(kind) + 2}}"
+                for kind, share in row["failures"].items()))
     return "\n".join(lines)
 
 
@@ -519,7 +529,7 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
 
 
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """write(file) fills a temporary file beside `path`, which takes its name once whole and on disk; else it stays as it was."""
+    """write(file) fills a temporary file beside `path`, renamed once it is on disk; else `path` stays as it was."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -542,8 +552,8 @@ def write_png(path: str | Path, picture: Image.Image) -> None:
 
 
 def progress(items: Sequence, label: str, show: bool = True) -> Iterator:
-    """Passes items through and tells on standard error how far it is: on a terminal in one line that overwrites itself, with
-    rate and time left; elsewhere in a plain line every 30 s, so that what is short says nothing."""
+    """Passes items through and tells on standard error how far it is: on a terminal in one line that overwrites itself,
+    with rate and time left; elsewhere in a plain line every 30 s, so that what is short says nothing."""
     total, started = len(items), time.monotonic()
     terminal = sys.stderr.isatty()
     told = started
@@ -566,7 +576,8 @@ CELL = 176  # pixels of a panel's longer side
 MARGIN = 8
 INK, PAPER, GREY, GRID = (32, 33, 36), (255, 255, 255), (110, 112, 118), (226, 227, 230)
 RED, GREEN = (255, 45, 55), (60, 235, 90)
-HEAT = np.array([(8, 10, 56), (44, 40, 140), (116, 52, 178), (196, 72, 160), (244, 124, 104), (254, 190, 92), (253, 250, 178)])
+HEAT = np.array([(8, 10, 56), (44, 40, 140), (116, 52, 178), (196, 72, 160), (244, 124, 104), (254, 190, 92),
+                 (253, 250, 178)])
 LINES = {"none": (140, 140, 146), "cls": (230, 140, 0), "relation": (0, 100, 200), "cls-only": (0, 150, 110),
          "relation-only": (190, 80, 160)}  # told apart without red and green
 
@@ -647,12 +658,13 @@ def look(
     box = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4).cpu()
     truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (n, M, 4)
     iou = box_iou(box[:, :, None], truth[:, None]).amax(-1)
-    return Seen(data.denormalise(batch["image"]), batch["view"], batch["label"].tolist(), localization.logits.argmax(1).tolist(),
-                [t[:len(b)] for t, b in zip(truth, batch["boxes"])], stretch(maps).cpu(), box, iou)
+    return Seen(data.denormalise(batch["image"]), batch["view"], batch["label"].tolist(),
+                localization.logits.argmax(1).tolist(), [t[:len(b)] for t, b in zip(truth, batch["boxes"])],
+                stretch(maps).cpu(), box, iou)
 
 
 def draw_panel(seen: Seen, i: int, q: int | None) -> Image.Image:
-    """Image i as coupling q sees it (None: as it is), its annotated boxes red, the predicted one green, IoU in white."""
+    """Image i as coupling q sees it (None: as it is): annotated boxes red, the predicted one green, IoU in white."""
     height, width = seen.picture.shape[1:3]
     panel = Image.fromarray(seen.picture[i]).resize(panel_size(seen.view[i]), Image.Resampling.BICUBIC)
     scale = torch.tensor([panel.width / width, panel.height / height]).repeat(2)
@@ -664,7 +676,8 @@ def draw_panel(seen: Seen, i: int, q: int | None) -> Image.Image:
     if q is not None:
         draw_box(draw, seen.box[i, q] * scale, GREEN, 2)
         if len(seen.truth[i]):
-            draw.text((panel.width - 6, 4), f"{100 * seen.iou[i, q]:.1f}", PAPER, font(17), "ra", stroke_width=2, stroke_fill=INK)
+            iou = f"{100 * seen.iou[i, q]:.1f}"
+            draw.text((panel.width - 6, 4), iou, PAPER, font(17), "ra", stroke_width=2, stroke_fill=INK)
     return panel
 
 
@@ -674,8 +687,10 @@ def evenly(n: int, k: int) -> list[int]:
     return [(2 * i + 1) * n // (2 * k) for i in range(k)]
 
 
-def draw_gallery(seen: Sequence[Seen], titles: Sequence[Sequence[str]], classes: Sequence[str], note: str) -> Image.Image:
-    """The paper's Figure 4: a row per image, its input, then a map for each model's couplings, titled titles[model][q]."""
+def draw_gallery(
+    seen: Sequence[Seen], titles: Sequence[Sequence[str]], classes: Sequence[str], note: str
+) -> Image.Image:
+    """The paper's Figure 4: a row per image, its input, then a map for each model's couplings; titles[model][q]."""
     columns = [(None, None, "input")] + [(s, q, title) for s, row in zip(seen, titles) for q, title in enumerate(row)]
     rows, top, line = len(seen[0].label), 64, 22
     step, drop = CELL + MARGIN, CELL + line + MARGIN
@@ -689,18 +704,14 @@ def draw_gallery(seen: Sequence[Seen], titles: Sequence[Sequence[str]], classes:
             panel = draw_panel(model or seen[0], i, q)
             y = top + drop * i
             sheet.paste(panel, (x + (CELL - panel.width) // 2, y + (CELL - panel.height) // 2))
-            caption, colour = class_caption(model or seen[0], i, classes, with_label=model is None)
-            if q in (None, 0):
-                draw.text((x + CELL / 2 if q is None else x, y + CELL + 4), fit_text(caption, 13, CELL if q is None else 2 * CELL),
-                          colour, font(13), "ma" if q is None else "la")
+            if q is None:
+                name = fit_text(classes[seen[0].label[i]], 13, CELL)
+                draw.text((x + CELL / 2, y + CELL + 4), name, INK, font(13), "ma")
+            elif q == 0:
+                right, said = model.predicted[i] == model.label[i], f"taken for {classes[model.predicted[i]]}"
+                draw.text((x, y + CELL + 4), "class right" if right else fit_text(said, 13, 2 * CELL),
+                          GREY if right else (200, 30, 40), font(13))
     return sheet
-
-
-def class_caption(seen: Seen, i: int, classes: Sequence[str], with_label: bool) -> tuple[str, tuple[int, int, int]]:
-    if with_label:
-        return classes[seen.label[i]], INK
-    right = seen.predicted[i] == seen.label[i]
-    return ("class right", GREY) if right else (f"taken for {classes[seen.predicted[i]]}", (200, 30, 40))
 
 
 def draw_legend(draw: ImageDraw.ImageDraw, place: tuple[int, int], note: str, width: int) -> None:
@@ -712,7 +723,9 @@ def draw_legend(draw: ImageDraw.ImageDraw, place: tuple[int, int], note: str, wi
     draw.text((x + 8, y), fit_text(note, 14, width - x - MARGIN), GREY, font(14))
 
 
-def draw_failures(groups: Sequence[tuple[str, Seen | None]], classes: Sequence[str], note: str, per_row: int) -> Image.Image:
+def draw_failures(
+    groups: Sequence[tuple[str, Seen | None]], classes: Sequence[str], note: str, per_row: int
+) -> Image.Image:
     """A titled row per kind of failure; groups: (title, its examples)."""
     top, line, head = 40, 22, 28
     step = CELL + MARGIN
@@ -736,7 +749,7 @@ def draw_failures(groups: Sequence[tuple[str, Seen | None]], classes: Sequence[s
 
 
 def draw_curve(metrics: dict, coupling: str) -> Image.Image:
-    """gt_known over thresholds, a line per coupling, a dot at the threshold in use. Drawn at 3 x its size, then reduced."""
+    """gt_known over thresholds, a line per coupling, a dot at the threshold in use. Drawn threefold, then reduced."""
     zoom, width, height = 3, 860, 520
     left, right, top, bottom = 70, 24, 46, 64
     sheet = Image.new("RGB", (zoom * width, zoom * height), PAPER)
@@ -744,7 +757,8 @@ def draw_curve(metrics: dict, coupling: str) -> Image.Image:
     curves = {c: row["gt_known_curve"] for c, row in metrics["couplings"].items()}
 
     def at(threshold: float, accuracy: float) -> tuple[float, float]:
-        return (zoom * (left + threshold * (width - left - right)), zoom * (top + (100 - accuracy) / 100 * (height - top - bottom)))
+        x, y = left + threshold * (width - left - right), top + (1 - accuracy / 100) * (height - top - bottom)
+        return zoom * x, zoom * y
 
     def text(x: float, y: float, words: str, anchor: str, size: int = 14, colour=INK) -> None:
         draw.text((x, y), words, colour, font(zoom * size), anchor)
@@ -773,7 +787,8 @@ def draw_curve(metrics: dict, coupling: str) -> Image.Image:
             draw.ellipse((x - r, y - r, x + r, y + r), LINES[c], PAPER, zoom)
     longest = max((font(zoom * 14).getlength(row["label"]) for row in metrics["couplings"].values()), default=0)
     x, y = zoom * (width - right - 8) - longest, zoom * (top + 10)
-    draw.rectangle((x - 44 * zoom, y - 6 * zoom, zoom * (width - right), y + zoom * (22 * len(curves) + 2)), PAPER, GRID, zoom)
+    frame = (x - 44 * zoom, y - 6 * zoom, zoom * (width - right), y + zoom * (22 * len(curves) + 2))
+    draw.rectangle(frame, PAPER, GRID, zoom)
     for row_number, (c, row) in enumerate(metrics["couplings"].items()):
         middle = y + zoom * (22 * row_number + 8)
         draw.line((x - 36 * zoom, middle, x - 8 * zoom, middle), LINES[c], zoom * (4 if c == coupling else 2))
@@ -796,7 +811,8 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     model.eval()
     write_text(out / "metrics.json", json.dumps(metrics | {"coupling": coupling} | about, indent=2) + "\n")
-    write_text(out / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in predictions(scores, coupling, threshold)))
+    lines = (json.dumps(line) + "\n" for line in predictions(scores, coupling, threshold))
+    write_text(out / "predictions.jsonl", "".join(lines))
 
     note = f"boxes at threshold {threshold:g}, {'label' if scores.gt_class else 'predicted class'}'s map, IoU in %"
     n = len(scores.images["label"])
@@ -811,25 +827,26 @@ def report(
         share = metrics["couplings"][coupling]["failures"][name]
         title = f"{name}: {'-' if share is None else f'{share:.1f}'} % of images ({len(failed)})"
         examples = failed[evenly(len(failed), per_row)]
-        groups.append((title, look(model, dataset, examples, [coupling], threshold, scores.gt_class) if len(failed) else None))
+        groups.append((title, look(model, dataset, examples, [coupling], threshold, scores.gt_class)
+                       if len(failed) else None))
     note = f"{coupling_label(scores.head, coupling)}, {note}"
     write_png(out / "failures.png", draw_failures(groups, dataset.classes, note, per_row))
     model.train(training)
 
 
 def predictions(scores: Scores, coupling: str, threshold: float) -> Iterator[dict]:
-    """predictions.jsonl, an entry per image: boxes are xyxy in the upright image's own pixels; iou None without annotation."""
+    """predictions.jsonl, an entry per image: boxes are xyxy in the upright image's pixels; iou None without any."""
     at, images = (scores.couplings.index(coupling), threshold_index(scores, threshold)), scores.images
     box = torch.from_numpy(images["box"][:, *at])[:, None]  # (n, 1, 4)
     box = to_image(box, torch.from_numpy(images["view"]), scores.img_size)[:, 0].tolist()
     for i, boxes in enumerate(images["boxes"]):
-        yield {"path": images["path"][i], "label": int(images["label"][i]), "top5": images["top5"][i].tolist(), "box": box[i],
-               "boxes": boxes.tolist(), "iou": float(images["iou"][i, *at]) if len(boxes) else None}
+        yield {"path": images["path"][i], "label": int(images["label"][i]), "top5": images["top5"][i].tolist(),
+               "box": box[i], "boxes": boxes.tolist(), "iou": float(images["iou"][i, *at]) if len(boxes) else None}
 
 
 def save_maps(path: str | Path, scores: Scores) -> None:
-    """maps.npz, for scoring of your own: cls_map M~c and relation_map M^r (n, h, w), label (n,), path (n,), and, where the head
-    has them, class_map (n, h, w), before any ReLU, with `class` (n,), the class it belongs to."""
+    """maps.npz, for scoring of your own: cls_map M~c and relation_map M^r (n, h, w), label (n,), path (n,), and, where
+    the head has them, class_map (n, h, w) before any ReLU, with `class` (n,), the class it belongs to."""
     images = scores.images
     arrays = {key: images[key] for key in ("class_map", "cls_map", "relation_map", "label") if key in images}
     arrays |= {"path": np.array(images["path"]), "class": images["label"] if scores.gt_class else images["top5"][:, 0]}
@@ -840,20 +857,22 @@ def save_maps(path: str | Path, scores: Scores) -> None:
 
 
 def find_images(places: Sequence[str], out: Path) -> list[Path]:
-    """Files as given, and in folders, however deep, all whose name ends like a format that Pillow reads; none of `out`'s."""
-    endings = set(Image.registered_extensions())
-    found = []
+    """Files as given, and in folders, however deep, all with an ending that Pillow knows; none below `out`."""
+    endings, out, found = Image.registered_extensions(), out.resolve(), []
     for place in map(Path, places):
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in endings and p.is_file()) if place.is_dir() else [place]
-        found += [p for p in inside if out.resolve() not in p.resolve().parents]
+        if not place.is_dir():
+            found.append(place)
+            continue
+        found += [path for path in sorted(place.rglob("*"))
+                  if path.suffix.lower() in endings and path.is_file() and not path.resolve().is_relative_to(out)]
     return found
 
 
 def own_pictures(
-    model: LCTR, classes: Sequence[str], paths: Sequence[Path], out: Path, coupling: str, threshold: float, crop: int | None,
-    batch_size: int,
+    model: LCTR, classes: Sequence[str], paths: Sequence[Path], out: Path, coupling: str, threshold: float,
+    crop: int | None, batch_size: int,
 ) -> int:
-    """Writes an overlay PNG per picture and boxes.json; returns how many could not be read. They are named and skipped."""
+    """Writes an overlay PNG per picture and boxes.json; returns how many could not be read, named and skipped."""
     device, entries, used, unreadable = next(model.parameters()).device, [], set(), 0
     for first in range(0, len(paths), batch_size):
         batch = []
@@ -884,7 +903,7 @@ def own_pictures(
 
 
 def draw_own(picture: Image.Image, heat: np.ndarray, box: Tensor, view: tuple, best: tuple[str, float]) -> Image.Image:
-    """The whole picture at a size to look at, the map over the part that the network saw, the box, class and probability."""
+    """The whole picture, the map over the part that the network saw, the box, class and probability."""
     scale = min(max(1, 480 / max(picture.size)), 1280 / max(picture.size))
     picture = picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.BICUBIC)
     corner = [round(scale * v) for v in view]
@@ -932,9 +951,11 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--limit-test", type=count_flag(1), metavar="N", help="that many images, spread evenly over the split")
     add("--images", nargs="+", metavar="PATH", help="pictures or folders of your own instead of a data set")
     add("--coupling", choices=COUPLINGS, help="of the report's boxes; default relation (Eq. 3)")
-    add("--threshold", type=threshold_flag, help="number in [0, 1), or auto: the best on val; default: the checkpoint's, else 0.2")
+    add("--threshold", type=threshold_flag,
+        help="number in [0, 1), or auto: the best on val; default: the checkpoint's, else 0.2")
     add("--gt-class", action="store_true", help="score the label's map instead of the predicted class's")
-    add("--crop", type=count_flag(1), metavar="SIZE", help="shorter side to SIZE, centre crop; default: the whole image, squashed")
+    add("--crop", type=count_flag(1), metavar="SIZE",
+        help="shorter side to SIZE, centre crop; default: the whole image, squashed")
     add("--out", type=Path, help="folder; default: evaluate/ beside the checkpoint")
     add("--save-maps", action="store_true", help="also maps.npz")
     add("--profile", action="store_true", help="print the time of the forward pass and of scoring")
@@ -954,8 +975,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
-def load_split(flags: argparse.Namespace, checkpoint: dict, path: str, img_size, split: str) -> torch.utils.data.Dataset:
-    """The split to score, of the checkpoint's own data set unless flags say otherwise; its classes must be the checkpoint's."""
+def load_split(
+    flags: argparse.Namespace, checkpoint: dict, path: str, img_size: tuple[int, int], split: str
+) -> torch.utils.data.Dataset:
+    """The split to score, of the checkpoint's data set unless flags say otherwise; the classes must be its own."""
     name = flags.data or checkpoint["config"]["data"]
     root = flags.root or (checkpoint["config"]["root"] if name == checkpoint["config"]["data"] else None)
     if root is None and name != "synthetic":
@@ -972,15 +995,20 @@ def load_split(flags: argparse.Namespace, checkpoint: dict, path: str, img_size,
     return dataset
 
 
-def choose_threshold(flags: argparse.Namespace, model: LCTR, checkpoint: dict, path: str, coupling: str) -> tuple[float, str]:
+def choose_threshold(
+    flags: argparse.Namespace, model: LCTR, checkpoint: dict, path: str, coupling: str
+) -> tuple[float, str]:
     """The threshold and where it came from."""
     if flags.threshold is None:
         own = checkpoint.get("metrics", {}).get("threshold")
-        return (DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none") if own is None else (own, "the checkpoint's own")
+        if own is None:
+            return DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none"
+        return own, "the checkpoint's own"
     if flags.threshold != "auto":
         return flags.threshold, "--threshold"
     val_set = load_split(flags, checkpoint, path, model.img_size, "val")
-    scores = score(model, val_set, batch_size=flags.batch_size, device=flags.device, workers=flags.workers, couplings=[coupling])
+    scores = score(model, val_set, batch_size=flags.batch_size, device=flags.device, workers=flags.workers,
+                   couplings=[coupling])
     return best_threshold(scores, coupling), f"the best gt-known of {len(val_set)} val images"
 
 
@@ -996,9 +1024,11 @@ def evaluate(flags: argparse.Namespace) -> int:
     loaded = [(path, *load_checkpoint(path)) for path in flags.checkpoint]
     for path, model, checkpoint in loaded:
         if flags.coupling and flags.coupling not in couplings_of(model):
-            raise argparse.ArgumentError(None, f"--coupling: {path} has a {head_of(model)} head, whose couplings are {', '.join(couplings_of(model))}")
+            raise argparse.ArgumentError(None, f"--coupling: {path} has a {head_of(model)} head, whose couplings are "
+                                               f"{', '.join(couplings_of(model))}")
         if flags.crop and flags.crop < max(model.img_size):
-            raise argparse.ArgumentError(None, f"--crop: got {flags.crop}, need at least {path}'s input of {max(model.img_size)} pixels")
+            raise argparse.ArgumentError(None, f"--crop: got {flags.crop}, need at least "
+                                               f"{max(model.img_size)}, the side of {path}'s input")
         name, root = flags.data or checkpoint["config"]["data"], flags.root or checkpoint["config"]["root"]
         if flags.threshold == "auto" and not data.has_split(name, root, "val"):
             raise argparse.ArgumentError(None, f"--threshold: auto needs a val split, {name} has none: give a number")
@@ -1012,10 +1042,12 @@ def evaluate(flags: argparse.Namespace) -> int:
         coupling = flags.coupling or default_coupling(model)
         dataset = None if flags.images else load_split(flags, checkpoint, path, model.img_size, flags.split)
         threshold, source = choose_threshold(flags, model, checkpoint, path, coupling)
-        print(f"{path}: {coupling_label(head_of(model), coupling)} ({coupling}), threshold {threshold:g} ({source}), on {flags.device}")
+        print(f"{path}: {coupling_label(head_of(model), coupling)} ({coupling}), threshold {threshold:g} ({source}), "
+              f"on {flags.device}")
         if flags.images:
             paths = find_images(flags.images, flags.out)
-            unreadable = own_pictures(model, checkpoint["classes"], paths, flags.out, coupling, threshold, flags.crop, flags.batch_size)
+            unreadable = own_pictures(model, checkpoint["classes"], paths, flags.out, coupling, threshold, flags.crop,
+                                      flags.batch_size)
             print(f"{len(paths) - unreadable} pictures and boxes.json in {flags.out}"
                   + f", {unreadable} could not be read" * bool(unreadable))
             return 1 if unreadable or not paths else 0
@@ -1031,9 +1063,9 @@ def evaluate(flags: argparse.Namespace) -> int:
             save_maps(folder / "maps.npz", scores)
         if flags.profile:
             n = len(scores.images["label"])
-            print(f"{name}: per image {1e3 * scores.seconds['forward'] / n:.2f} ms for the forward pass, "
-                  f"{1e3 * scores.seconds['boxes'] / n:.2f} ms for boxes and IoU of {len(scores.couplings)} couplings at "
-                  f"{len(scores.thresholds)} thresholds, for the predicted class and the label")
+            forward, boxes = (1e3 * scores.seconds[part] / n for part in ("forward", "boxes"))
+            print(f"{name}: per image {forward:.2f} ms for the forward pass, {boxes:.2f} ms for boxes and IoU: "
+                  f"{len(scores.couplings)} couplings, {len(scores.thresholds)} thresholds, predicted class and label")
         all_metrics.append(metrics | about | ({"name": name} if len(loaded) > 1 else {}))
         if len(loaded) > 1:
             shown = [c for c in scores.couplings if c in ("cls", "relation", coupling) or scores.head == "token"]
@@ -1044,7 +1076,8 @@ def evaluate(flags: argparse.Namespace) -> int:
         write_text(flags.out / "metrics.json", json.dumps(dict(zip(names, all_metrics)), indent=2) + "\n")
         write_png(flags.out / "gallery.png", draw_gallery(seen, titles, loaded[0][2]["classes"], "IoU in %"))
     first = all_metrics[0]
-    print(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\nreport and pictures in {flags.out}")
+    print(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\n"
+          f"report and pictures in {flags.out}")
     return 0
 
 
