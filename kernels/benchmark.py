@@ -12,6 +12,7 @@ interpreter, --compile stops each launch and compiles what would have been launc
 import argparse
 import collections
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
@@ -119,11 +120,12 @@ def least_bytes(shape: Shape, itemsize: int) -> dict[str, dict[str, int]]:
         "conv_kernel, transposed": dict(x=B * N * C * e, scores=B * G * 4, weight=weight, out=B * N * D * e),
         "conv_weight_kernel": dict(
             x=B * N * D * e, grad=B * N * C * e, scores=B * G * 4, weight=weight, grad_weight=weight,
+            grad_scores=B * G * 4,
         ),
         "window_sums_kernel": dict(x=B * N * D * e, sums=B * D * k * k * e),
         "window_sums_backward_kernel": dict(grad_sums=B * D * k * k * e, grad_x=B * N * D * e),
         "class_products_kernel": dict(
-            x=B * N * D * e, scores=B * G * 4, weight=G * B * K * D * k * k * e,  # no class is asked twice here
+            x=B * N * D * e, scores=B * G * 4, weight=G * min(B * K, C) * D * k * k * e,
             classes=B * K * 8, products=B * K * k * k * N * 4,
         ),
     }  # fmt: skip
@@ -149,28 +151,28 @@ def least_operations(shape: Shape) -> dict[tuple[str, str], int]:
 # ------------------------------------------------------------------------------------------------------- --traffic
 
 
-def traffic(shape: Shape = Shape(), dtype: torch.dtype = torch.bfloat16) -> list[dict]:
-    """A row per kernel and tensor: bytes at least, touched, and asked for by the kernel's loads and stores."""
-    from .meter import measure
+def metered(shape: Shape, dtype: torch.dtype) -> Iterator[tuple]:
+    """(kernel, what its launch did to memory) for every launch of every case, in Triton's interpreter."""
+    from . import meter
 
-    least = least_bytes(shape, dtype.itemsize)
-    rows = []
     for case in cases(shape, dtype).values():
-        with measure() as launches:
+        with meter.measure() as launches:
             outputs = case.forward("triton")
             if case.differentiable:
                 case.gradient(outputs)
         for launch in launches:
-            name = launch.kernel
-            if name == "conv_kernel" and "bias" not in launch.tensors:
-                name += ", transposed"
-            for tensor, access in launch.tensors.items():
-                # Partial sums of dS are the kernel's own making: the least is none.
-                rows.append({
-                    "kernel": name, "tensor": tensor, "least": least[name].get(tensor, 0),
-                    "unique": access.unique, "issued": access.issued,
-                })  # fmt: skip
-    return rows
+            transposed = launch.kernel == "conv_kernel" and "bias" not in launch.tensors
+            yield launch.kernel + ", transposed" * transposed, launch
+
+
+def traffic(shape: Shape = Shape(), dtype: torch.dtype = torch.bfloat16) -> list[dict]:
+    """A row per kernel and tensor: bytes at least, touched, and asked for by the kernel's loads and stores."""
+    least = least_bytes(shape, dtype.itemsize)
+    return [
+        {"kernel": kernel, "tensor": tensor, "least": least[kernel][tensor], "unique": access.unique, "issued": access.issued}
+        for kernel, launch in metered(shape, dtype)
+        for tensor, access in launch.tensors.items()
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- --compile
@@ -178,7 +180,6 @@ def traffic(shape: Shape = Shape(), dtype: torch.dtype = torch.bfloat16) -> list
 # What is compiled: DeiT-S on CUB; the widest head, 1x1 kernels, seven asked classes and an A whose rows are aligned; and
 # more kernels than are loaded ahead.
 SHAPES = (Shape(), Shape(d=128, k=1, h=9, w=23, K=7), Shape(G=16))
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # bytes that one program may have
 
@@ -192,15 +193,13 @@ def compiled(targets: list[str]) -> list[dict]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("--compile: TRITON_INTERPRET=1 is set, which replaces the compiler: unset it")
     rows = {}
-    for name, dtype in DTYPES.items():
-        for shape in SHAPES:
-            for kernel, arguments in recorded_launches(shape, dtype):
-                config = describe(kernel, arguments)
-                for target in targets:
-                    key = (kernel.__name__, config, name, target)
-                    if key not in rows:
-                        rows[key] = dict(zip(("kernel", "config", "dtype", "target"), key))
-                        rows[key] |= compile_launch(kernel, arguments, target)
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.float16, torch.bfloat16)):
+        for kernel, arguments in recorded_launches(shape, dtype):
+            for target in targets:
+                key = (kernel.__name__, describe(kernel, arguments), str(dtype).removeprefix("torch."), target)
+                if key not in rows:
+                    rows[key] = dict(zip(("kernel", "config", "dtype", "target"), key))
+                    rows[key] |= compile_launch(kernel, arguments, target)
     return list(rows.values())
 
 
@@ -243,7 +242,7 @@ def compile_launch(kernel, arguments: dict, target: str) -> dict:
     signature, constants, hints = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or value == 1 and not isinstance(value, Tensor):
+        if parameter.is_constexpr or value is None or not isinstance(value, Tensor) and value == 1:
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         signature[parameter.name] = (
@@ -377,7 +376,10 @@ def main() -> None:
         rows = times()
     else:
         sys.exit("benchmark: error: no GPU: times need CUDA; --traffic and --compile run anywhere")
-    print_table(rows)
+    if args.traffic:
+        print_table([row | {"ratio": row["issued"] / row["least"]} for row in rows])
+    else:
+        print_table(rows)
     if args.json:
         partial = pathlib.Path(f"{args.json}.partial")
         partial.write_text(json.dumps(rows, indent=1) + "\n")

@@ -38,7 +38,7 @@ def near(actual, exact, magnitude, dtype, roundings, length, what=""):
     """Asserts the bound above, plus what each of the summands can lose by falling below the dtype's normal numbers."""
     limits = torch.finfo(dtype)
     relative = roundings * unit(dtype) + (length + 16) * unit(torch.float32)
-    underflow = (length + roundings) * limits.smallest_normal * limits.eps * max(1.0, float(magnitude.max()))
+    underflow = (length + roundings) * limits.smallest_normal * limits.eps * max(1.0, magnitude.detach().max().item())
     assert actual.shape == exact.shape, f"{what}: {tuple(actual.shape)} for {tuple(exact.shape)}"
     excess = (actual.double() - exact).abs() - relative * magnitude - underflow
     assert not actual.isnan().any() and excess.max() <= 0, f"{what}: off by {excess.max():.2g} more than allowed"

@@ -1,0 +1,241 @@
+"""What the Triton kernels do to a machine: every byte they touch, counted, and the code that real compilers make of them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernels
+from kernels import benchmark, cdm, rpam
+from kernels.benchmark import Shape
+from kernels.meter import measure
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def passes(shape: Shape, itemsize: int) -> dict[str, dict[str, float]]:
+    """How often each kernel may ask for each byte of its inputs, from what its programs own; outputs: once."""
+    B, S, d, h, w, D, C, G, k, K = shape
+    P, T, taps = h * w, h * w + 1, k * k
+    up = lambda a, b: math.ceil(a / b)
+    rows = 256 if max(16, 1 << (d - 1).bit_length()) * itemsize <= 256 else 512
+    attention, relation = rpam.BLOCKS["attention_kernel"][rows], rpam.BLOCKS["relation_kernel"][rows]
+    aggregate, backward = rpam.BLOCKS["aggregate_kernel"], rpam.BLOCKS["aggregate_backward_kernel"]
+    conv, weight = cdm.BLOCKS["conv_kernel"][itemsize], cdm.BLOCKS["conv_weight_kernel"][itemsize]
+    spread, classes = cdm.BLOCKS["window_sums_backward_kernel"], cdm.BLOCKS["class_products_kernel"][itemsize]
+    groups = up(G, cdm.MAX_GROUP)
+    images = up(P, conv["BLOCK_P"])
+    pairs = up(K * taps, 16 if K * taps <= 16 else 32 if K * taps <= 32 else 64)
+    return {
+        # Row 0 is read once more in all, and once more by each column block.
+        "aggregate_kernel": dict(attn=1 + (1 + up(T, aggregate["BLOCK_J"])) / T),
+        "aggregate_backward_kernel": dict(attn=1, cls_attn=1, grad_relation=up(T, backward["BLOCK_I"])),
+        # The program of row 0 reads one row of q and all of k again.
+        "attention_kernel": dict(
+            q=1 + 1 / T, k=1 + up(T, attention["BLOCK_I"]), v=up(T, attention["BLOCK_I"])
+        ),
+        "relation_kernel": dict(
+            q=up(T, relation["BLOCK_J"]), k=1, lse=up(T, relation["BLOCK_J"]), cls_attn=S * up(T, relation["BLOCK_J"])
+        ),
+        # Each tap reads the image, each block of channels out does; each image and block of places reads the weight.
+        "conv_kernel": dict(
+            x=taps * up(C, conv["BLOCK_OUT"]), weight=B * images, bias=B * images,
+            scores=images * up(C, conv["BLOCK_OUT"]) * taps * up(D, conv["BLOCK_IN"]),
+        ),
+        "conv_kernel, transposed": dict(
+            x=taps * up(D, conv["BLOCK_OUT"]), weight=B * images,
+            scores=images * up(D, conv["BLOCK_OUT"]) * taps * up(C, conv["BLOCK_IN"]),
+        ),
+        "conv_weight_kernel": dict(
+            x=taps * groups * up(C, weight["BLOCK_C"]), grad=taps * groups * up(D, weight["BLOCK_D"]), weight=B,
+            scores=taps * up(C, weight["BLOCK_C"]) * up(D, weight["BLOCK_D"]),
+        ),
+        "window_sums_kernel": dict(x=1),
+        "window_sums_backward_kernel": dict(grad_sums=up(P, spread["BLOCK_P"])),
+        "class_products_kernel": dict(
+            x=pairs, weight=up(P, classes["BLOCK_P"]),
+            scores=up(P, classes["BLOCK_P"]) * pairs * up(D, classes["BLOCK_D"]),
+            classes=taps * up(P, classes["BLOCK_P"]),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, dtype", [
+    (Shape(S=3, d=24, h=7, w=11, D=45, C=21, G=5, K=2), torch.float32),
+    (Shape(S=2, d=80, h=1, w=67, D=70, C=65, G=3, k=1, K=5), torch.bfloat16),
+    (Shape(S=2, d=128, h=9, w=15, D=33, C=17, G=2, K=8), torch.float32),
+], ids=str)  # fmt: skip
+def test_memory_traffic(shape, dtype):
+    """Every byte that must move is touched, no other; as often as the programs' shares say; by one program's store."""
+    least, allowed = benchmark.least_bytes(shape, dtype.itemsize), passes(shape, dtype.itemsize)
+    seen = set()
+    for kernel, launch in benchmark.metered(shape, dtype):
+        seen.add(kernel)
+        assert launch.atomics == 0 and launch.stray == 0, kernel
+        assert launch.tensors.keys() == least[kernel].keys(), kernel
+        for name, access in launch.tensors.items():
+            what = f"{kernel}, {name}"
+            assert access.races == 0, what
+            if name == "grad_scores":  # partial sums, one for each program's tile: each written, none read
+                assert access.unique == access.issued == access.tensor.nbytes, what
+                continue
+            assert access.unique == least[kernel][name], what
+            assert access.issued <= round(allowed[kernel].get(name, 1) * least[kernel][name]), what
+    assert seen == least.keys()
+
+
+def test_deit_shape_reads_x_and_a_once():
+    """The kernels whose point is one read: issued is what unique is, but for RPAM's weights, row 0 of A."""
+    rows = {}
+    for name in ("aggregate_attention", "dynamic_conv_logits", "class_maps"):
+        with measure() as launches:
+            benchmark.cases(Shape(), torch.bfloat16)[name].forward("triton")
+        rows |= {(launch.kernel, tensor): access for launch in launches for tensor, access in launch.tensors.items()}
+    assert rows["aggregate_kernel", "attn"].unique == 2 * 6 * 197 * 197 * 2
+    assert rows["aggregate_kernel", "attn"].issued == 2 * 6 * (197 + 5) * 197 * 2
+    for kernel in ("window_sums_kernel", "class_products_kernel"):
+        assert rows[kernel, "x"].issued == rows[kernel, "x"].unique == 2 * 196 * 384 * 2
+
+
+def test_the_meter_sees_faults():
+    """A race, a store out of every tensor, and one that lies in a tensor's storage but not in its view."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def store_kernel(out, OFFSET: tl.constexpr, STEP: tl.constexpr):
+        i = OFFSET + STEP * tl.program_id(0) + tl.arange(0, 4)
+        tl.store(out + i, i.to(tl.float32))
+
+    memory = torch.zeros(16)
+    with measure() as launches:
+        store_kernel[(2,)](memory, 0, 4)
+        store_kernel[(2,)](memory, 0, 2)
+        store_kernel[(2,)](memory[:6], 0, 4)
+        with pytest.raises(Exception, match="out of bounds"):
+            store_kernel[(2,)](memory, 12, 4)
+    good, race, stray, _ = launches
+    assert (good.tensors["out"].races, good.stray, good.programs) == (0, 0, 2)
+    assert (good.tensors["out"].unique, good.tensors["out"].issued) == (32, 32)
+    assert (race.tensors["out"].races, race.tensors["out"].unique, race.tensors["out"].issued) == (2, 24, 32)
+    assert stray.stray == 2
+
+
+def test_bfloat16_in_the_interpreter_rounds_as_torch_does():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def cast_kernel(values, wide, narrow, SIZE: tl.constexpr):
+        i = tl.arange(0, SIZE)
+        tl.store(narrow + i, tl.load(values + i).to(tl.bfloat16))
+        tl.store(wide + i, tl.load(narrow + i).to(tl.float32))
+
+    bits = torch.randint(-(2**31), 2**31, (4096,), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+    values = bits.to(torch.int32).view(torch.float32)  # every kind of float: subnormal, infinite, not a number
+    wide, narrow = torch.empty_like(values), torch.empty(4096, dtype=torch.bfloat16)
+    cast_kernel[(1,)](values, wide, narrow, 4096)
+    torch.testing.assert_close(narrow, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(wide, values.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+# --------------------------------------------------------------------------------------------------------- compilers
+
+
+def start(*flags: str) -> subprocess.Popen:
+    """The benchmark in a process of its own: the interpreter replaces the compiler in this one."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.benchmark", *flags]
+    root = os.path.dirname(os.path.dirname(kernels.__file__))
+    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("compiled")
+    processes = {t: start("--compile", t, "--json", str(folder / t)) for t in ("sm_80", "sm_90")}
+    processes["gfx942"] = None
+    rows = []
+    for target, process in processes.items():
+        process = process or start("--compile", target, "--json", str(folder / target))
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        rows += json.loads((folder / target).read_text())
+    return rows
+
+
+FIELDS = {"kernel", "config", "dtype", "target", "registers", "spills", "shared", "tensor_core", "load_bytes"}
+
+
+def test_every_kernel_compiles_for_every_dtype_and_target(compiled):
+    import inspect
+
+    jitted = {
+        name
+        for module in (rpam, cdm)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel") and hasattr(value, "fn") and inspect.isfunction(value.fn)
+    }
+    assert jitted == rpam.BLOCKS.keys() | cdm.BLOCKS.keys()
+    for target in benchmark.SHARED_MEMORY:
+        for dtype in ("float32", "float16", "bfloat16"):
+            assert {r["kernel"] for r in compiled if (r["target"], r["dtype"]) == (target, dtype)} == jitted
+    assert all(row.keys() == FIELDS for row in compiled)
+
+
+def test_shipped_block_sizes_are_the_compiled_ones(compiled):
+    def configs(blocks):
+        return [blocks] if "num_warps" in blocks else blocks.values()
+
+    for name, blocks in (rpam.BLOCKS | cdm.BLOCKS).items():
+        for config in configs(blocks):
+            words = {f"{key}={value}" for key, value in config.items()}
+            assert any(row["kernel"] == name and words <= set(row["config"].split()) for row in compiled), (name, config)
+
+
+def test_no_spills_and_shared_memory_fits(compiled):
+    for row in compiled:
+        assert row["spills"] == 0, row
+        assert row["shared"] <= benchmark.SHARED_MEMORY[row["target"]], row
+
+
+def test_tile_products_run_on_tensor_cores(compiled):
+    for row in compiled:
+        assert (row["tensor_core"] > 0) == (not row["kernel"].startswith("aggregate")), row
+
+
+def test_most_bytes_move_sixteen_at_a_time(compiled):
+    """On NVIDIA, where rows are aligned. Not so rows of 197 elements of A; nor where class_products_kernel mixes 16
+    kernels, whose taps lie two or four bytes apart in the parameter's own layout."""
+    for row in compiled:
+        odd_rows = "stride_i=197" in row["config"]
+        many_kernels = row["kernel"] == "class_products_kernel" and " G=16 " in row["config"]
+        if row["target"].startswith("sm_") and not odd_rows and not many_kernels:
+            assert row["load_bytes"] == 16, row
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_benchmark_says_what_it_lacks():
+    process = start()
+    output, errors = process.communicate()
+    assert (process.returncode, output) == (1, "")
+    assert errors.startswith("benchmark: error: no GPU") and errors.count("\n") == 1
+    process = start("--compile", "sm_1")
+    assert "--compile: got 'sm_1'" in process.communicate()[1] and process.returncode == 2
+
+
+def test_traffic_table(tmp_path, monkeypatch, capsys):
+    small = Shape(S=1, d=16, h=2, w=3, D=16, C=3, G=2)
+    monkeypatch.setattr(benchmark.traffic, "__defaults__", (small, torch.bfloat16))
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--traffic", "--json", str(tmp_path / "rows.json")])
+    benchmark.main()
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(row.keys() == {"kernel", "tensor", "least", "unique", "issued"} for row in rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["kernel", "tensor", "least", "unique", "issued", "ratio"] and len(lines) == len(rows) + 1
