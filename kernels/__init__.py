@@ -1,10 +1,11 @@
 """The operators of LCTR: attention with its two maps (Eq. 4, RPAM) and the score-weighted dynamic convolution (Eq. 6).
 
 Each has three implementations: here in fast torch (any device), in rpam.py and cdm.py as fused Triton kernels, and in
-reference.py naively, straight from the equations. Triton runs for CUDA tensors, torch for all others, unless `backend` or
-`use_backend` says "triton" or "torch"; on CPU tensors Triton needs its interpreter (TRITON_INTERPRET=1).
+reference.py naively, straight from the equations. Triton runs for CUDA tensors, torch for all others, unless `backend`
+or `use_backend` says "triton" or "torch"; on CPU tensors Triton needs its interpreter (TRITON_INTERPRET=1).
 
-Tensors are float32, float16 or bfloat16 (float64 in torch only); sums accumulate in float32.
+Tensors are float32, float16 or bfloat16 (float64 in torch only); sums accumulate in float32. Every function raises
+ValueError for shapes, dtypes or devices that do not fit, and RuntimeError where the Triton backend cannot run.
 
 Three identities make the torch paths fast:
   class row    M^c needs row 0 of A only, so training runs fused attention and one extra query row.
@@ -40,15 +41,16 @@ def use_backend(name: str | None):
 def attention(
     q: Tensor, k: Tensor, v: Tensor, relation: bool = False, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt d) v, with the maps that LCTR reads off the attention matrix A without holding it (Eq. 4, 5).
+    """softmax(q k^T / sqrt d) v, with the maps that LCTR reads off the attention A without holding it (Eq. 4, 5).
 
     q, k, v: (B, S, N+1, d), any strides, the class token first.
     Returns out (B, S, N+1, d), cls_attn M^c (B, N+1) and, where `relation` is set, M^r (B, N), else None.
-    The maps are float32 at least. relation=False is differentiable in both outputs; relation=True is for inference.
+    The maps are float32 at least. relation=False is differentiable in both outputs, and torch on every backend;
+    relation=True is for inference.
     Raises ValueError for shapes, dtypes or devices that do not fit; RuntimeError where relation=True needs a gradient.
     """
     _check_attention(q, k, v)
-    on_triton = _runs_triton(backend, q=q)
+    on_triton = _runs_triton(backend, "q", q)
     if relation and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
         raise RuntimeError("attention: relation=True has no gradient, but q, k or v requires one: "
                            "call it under torch.no_grad(), or give a materialised A to aggregate_attention")
@@ -84,7 +86,7 @@ def aggregate_attention(attn: Tensor, *, backend: str | None = None) -> tuple[Te
     if attn.ndim != 4 or attn.shape[2] != attn.shape[3] or attn.shape[2] < 2:
         raise ValueError(f"attn: got shape {tuple(attn.shape)}, need (B, S, N+1, N+1) with N >= 1")
     _check_dtypes(attn=attn)
-    if _runs_triton(backend, attn=attn):
+    if _runs_triton(backend, "attn", attn):
         from . import rpam
         return rpam.aggregate_attention(attn)
     mean = attn.mean(1, dtype=torch.promote_types(attn.dtype, torch.float32))  # A' (B, N+1, N+1)
@@ -101,7 +103,7 @@ def dynamic_conv2d(
     Differentiable in all four. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     _check_conv(x, scores, weight, bias)
-    if _runs_triton(backend, x=x):
+    if _runs_triton(backend, "x", x):
         from . import cdm
         return cdm.dynamic_conv2d(x, scores, weight, bias)
     B, D, h, w = x.shape
@@ -125,7 +127,7 @@ def dynamic_conv_logits(
         raise ValueError(f'pool: got {pool!r}, need "gap" or "padded"')
     h, w = x.shape[2:]
     G, C, _, k, _ = weight.shape
-    if _runs_triton(backend, x=x):
+    if _runs_triton(backend, "x", x):
         from . import cdm
         sums = cdm.window_sums(x, k, pool == "padded")  # P (B, D, k*k)
     else:
@@ -138,7 +140,7 @@ def dynamic_conv_logits(
 
 
 def window_weights(h: int, w: int, k: int, pool: str, like: Tensor) -> Tensor:
-    """(h*w, k*k): how much x at a place counts in each window sum P[d, u, v]; zero where the window misses the place."""
+    """(h*w, k*k): how much x at a place counts in each window sum P[d, u, v]; zero where the window misses it."""
 
     def axis(size: int) -> Tensor:  # (k, size): the pool's weight of the output place that tap u reads x[r] for
         places = like.new_ones(size)
@@ -154,6 +156,7 @@ def class_maps(
 ) -> Tensor:
     """dynamic_conv2d at the asked classes only: classes (B, K) of class ids -> (B, K, h, w). Other arguments as there.
 
+    Differentiable, but where a gradient is needed torch computes it on every backend: the kernel is for localisation.
     Raises ValueError as dynamic_conv2d does, and where classes is not an integer tensor of shape (B, K).
     """
     _check_conv(x, scores, weight, bias)
@@ -163,7 +166,7 @@ def class_maps(
     G, _, _, k, _ = weight.shape
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, scores, weight, bias))
     # Each place gives its product with every tap; fold adds them up where the taps, mirrored, point.
-    if _runs_triton(backend, x=x) and not needs_grad:
+    if _runs_triton(backend, "x", x) and not needs_grad:
         from . import cdm
         products = cdm.class_products(x, scores, weight, classes)  # (B, K*k*k, h*w)
     else:
@@ -184,8 +187,7 @@ def _known_backend(name: str | None) -> str | None:
     return name
 
 
-def _runs_triton(backend: str | None, **tensor: Tensor) -> bool:
-    ((name, tensor),) = tensor.items()
+def _runs_triton(backend: str | None, name: str, tensor: Tensor) -> bool:
     if (_known_backend(backend) or _backend or ("triton" if tensor.is_cuda else "torch")) != "triton":
         return False
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -193,14 +195,14 @@ def _runs_triton(backend: str | None, **tensor: Tensor) -> bool:
                          'convert it, or use backend="torch"')
     if tensor.device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError(f"{name}: got a CPU tensor, the Triton backend needs CUDA tensors, or TRITON_INTERPRET=1 "
-                               "set before python starts")
-        from . import meter  # noqa: F401  corrects the interpreter's bfloat16
+            raise RuntimeError(f"{name}: got a CPU tensor, the Triton backend needs CUDA tensors, or "
+                               "TRITON_INTERPRET=1 set before python starts")
+        from . import meter  # corrects the interpreter's bfloat16
     return True
 
 
 def dot_precision() -> str:
-    """How Triton multiplies float32 tiles: "tf32x3", as exact as float32, unless torch is allowed plain TF32 as well."""
+    """How Triton multiplies float32 tiles: "tf32x3", as exact as float32, unless torch too may use plain TF32."""
     if torch.version.hip:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
@@ -212,7 +214,7 @@ def _check_dtypes(**tensors: Tensor | None) -> None:
         raise ValueError(f"{first_name}: got {first.dtype}, need a floating point tensor")
     for name, t in rest:
         if t.dtype != first.dtype or t.device != first.device:
-            raise ValueError(f"{name}: got {t.dtype} on {t.device}, need {first.dtype} on {first.device} as {first_name}")
+            raise ValueError(f"{name}: got {t.dtype} on {t.device}, {first_name} is {first.dtype} on {first.device}")
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:

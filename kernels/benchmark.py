@@ -1,8 +1,8 @@
 """What the Triton kernels cost: in time on a GPU, in bytes and in machine code anywhere.
 
     python -m kernels.benchmark                             # on a GPU, minutes: times, GB/s, share of the roofline
-    python -m kernels.benchmark --traffic                   # anywhere, seconds: exact bytes against the least possible
-    python -m kernels.benchmark --compile sm_80,sm_90       # anywhere, a minute a target: registers, spills, instructions
+    python -m kernels.benchmark --traffic                   # anywhere, a minute: exact bytes against the least
+    python -m kernels.benchmark --compile sm_80,sm_90       # anywhere, a minute a target: registers, instructions
     each with --json FILE: the rows of its table, as a list of objects
 
 All modes run the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --traffic runs them in Triton's
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One public function on its inputs, and the kernels that its directions launch."""
+    """One public function on its inputs, and by direction the kernels that it launches, as least_bytes names them."""
 
     function: Callable
     inputs: tuple[Tensor, ...]
@@ -95,16 +95,16 @@ def cases(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Ca
         ),
         "dynamic_conv_logits": Case(
             kernels.dynamic_conv_logits, leaves,
-            {"forward": ("window_sums_kernel",), "backward": ("window_sums_backward_kernel",)},
+            {"forward": ("window_sums_kernel", "GEMM"), "backward": ("window_sums_backward_kernel", "GEMM, backward")},
         ),
         "class_maps": Case(
             kernels.class_maps, (*(t.detach() for t in conv), classes), {"forward": ("class_products_kernel",)}
         ),
-    }  # fmt: skip
+    }
 
 
 def least_bytes(shape: Shape, itemsize: int) -> dict[str, dict[str, int]]:
-    """Per kernel and tensor argument: the bytes that any implementation must move, each input once, each output once."""
+    """Per kernel and tensor argument: the bytes that any implementation moves, each input and each output once."""
     B, S, d, h, w, D, C, G, k, K = shape
     N, T, e = h * w, h * w + 1, itemsize
     qkv, weight = B * S * T * d * e, G * C * k * k * D * e
@@ -124,11 +124,13 @@ def least_bytes(shape: Shape, itemsize: int) -> dict[str, dict[str, int]]:
         ),
         "window_sums_kernel": dict(x=B * N * D * e, sums=B * D * k * k * e),
         "window_sums_backward_kernel": dict(grad_sums=B * D * k * k * e, grad_x=B * N * D * e),
+        "GEMM": dict(weight=weight, logits=B * C * e),  # torch's, the rest of dynamic_conv_logits
+        "GEMM, backward": dict(weight=weight, grad_weight=weight, grad_logits=B * C * e),
         "class_products_kernel": dict(
             x=B * N * D * e, scores=B * G * 4, weight=G * min(B * K, C) * D * k * k * e,
             classes=B * K * 8, products=B * K * k * k * N * 4,
         ),
-    }  # fmt: skip
+    }
 
 
 def least_operations(shape: Shape) -> dict[tuple[str, str], int]:
@@ -152,7 +154,7 @@ def least_operations(shape: Shape) -> dict[tuple[str, str], int]:
 
 
 def metered(shape: Shape, dtype: torch.dtype) -> Iterator[tuple]:
-    """(kernel, what its launch did to memory) for every launch of every case, in Triton's interpreter."""
+    """(kernel, meter.Launch) of every launch of every case, in Triton's interpreter."""
     from . import meter
 
     for case in cases(shape, dtype).values():
@@ -169,15 +171,15 @@ def traffic(shape: Shape = Shape(), dtype: torch.dtype = torch.bfloat16) -> list
     """A row per kernel and tensor: bytes at least, touched, and asked for by the kernel's loads and stores."""
     least = least_bytes(shape, dtype.itemsize)
     return [
-        {"kernel": kernel, "tensor": tensor, "least": least[kernel][tensor], "unique": access.unique, "issued": access.issued}
+        {"kernel": kernel, "tensor": name, "least": least[kernel][name], "unique": used.unique, "issued": used.issued}
         for kernel, launch in metered(shape, dtype)
-        for tensor, access in launch.tensors.items()
+        for name, used in launch.tensors.items()
     ]
 
 
 # ------------------------------------------------------------------------------------------------------- --compile
 
-# What is compiled: DeiT-S on CUB; the widest head, 1x1 kernels, seven asked classes and an A whose rows are aligned; and
+# What is compiled: DeiT-S on CUB; the widest head, 1x1 kernels, seven asked classes and an A whose rows are aligned;
 # more kernels than are loaded ahead.
 SHAPES = (Shape(), Shape(d=128, k=1, h=9, w=23, K=7), Shape(G=16))
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
@@ -187,7 +189,7 @@ SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024} 
 def compiled(targets: list[str]) -> list[dict]:
     """A row per kernel, config, dtype and target: what the compiler makes of exactly what the cases launch.
 
-    registers a thread; spills: bytes of local memory a thread; shared: bytes; tensor_core: instructions; load_bytes: the
+    registers: a thread's; spills: bytes of its local memory; shared: bytes; tensor_core: instructions; load_bytes: the
     width of load and store instructions by which the code moves most of its bytes.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -221,7 +223,7 @@ def recorded_launches(shape: Shape, dtype: torch.dtype) -> list[tuple]:
 
 
 def describe(kernel, arguments: dict) -> str:
-    """A launch's compile-time constants, but for strides, and the row stride of A where that decides the loads' width."""
+    """A launch's compile-time constants, but for strides, and A's row stride, which decides how wide it is loaded."""
     constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr and "stride" not in p.name}
     constants |= {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     if "attn" in arguments:
@@ -230,7 +232,7 @@ def describe(kernel, arguments: dict) -> str:
 
 
 def compile_launch(kernel, arguments: dict, target: str) -> dict:
-    """Compiles one recorded launch for `target` as Triton's launcher would have specialised it, and reads the result."""
+    """Compiles one recorded launch for `target` as Triton's launcher would have specialised it, and reads the code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -261,15 +263,13 @@ def compile_launch(kernel, arguments: dict, target: str) -> dict:
 def read_cubin(cubin: bytes) -> dict:
     import triton
 
-    tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cuobjdump = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+        command = [cuobjdump, "--dump-resource-usage", "--dump-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", code)[1]) for name in ("REG", "STACK", "LOCAL"))
     widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1}
     moved = collections.Counter()
     for modifiers in re.findall(r"\b(?:LDG|LDGSTS|STG)\.E([.\w]*)", code):
@@ -300,13 +300,15 @@ def read_amdgcn(code: str) -> dict:
 
 
 def times(shape: Shape = Shape(B=128), dtype: torch.dtype = torch.bfloat16) -> list[dict]:
-    """A row per function and direction: milliseconds on Triton, eager torch and torch.compile; GB/s; share of the roofline.
+    """A row per function and direction: milliseconds on Triton, torch, torch.compile; GB/s; share of the roofline.
 
     The roofline's floor is the longer of least bytes / copy bandwidth and least operations / matmul rate, both measured
     here on the same device. Torch runs the fast path of `kernels`, not the naive twin.
     """
+    from torch._functorch import config
     from triton.testing import do_bench
 
+    config.donated_buffer = False  # else compiled backward passes cannot run again
     size = 1 << 28
     source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
     bandwidth = 2 * size / do_bench(lambda: target.copy_(source)) / 1e-3  # bytes/s: one read, one write
@@ -317,7 +319,7 @@ def times(shape: Shape = Shape(B=128), dtype: torch.dtype = torch.bfloat16) -> l
     least, operations = least_bytes(shape, dtype.itemsize), least_operations(shape)
     rows = []
     for name, case in cases(shape, dtype, "cuda").items():
-        compiled_torch = torch.compile(case.forward, fullgraph=True)
+        compiled_torch = torch.compile(case.forward, fullgraph=True, dynamic=False)
         runs = {
             "triton": lambda: case.forward("triton"),
             "torch": lambda: case.forward("torch"),

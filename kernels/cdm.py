@@ -2,20 +2,20 @@
 
     Y[b, c, p] = sum_{t, d} K_b[c, t, d] X[b, d, p + t] + bias[c]        K_b = sum_g S[b, g] W_g
 
-t runs over the k*k taps of the window around place p = (row, column), X is zero outside h x w. One operator, and for each
-use of it only what that use needs:
-    dynamic_conv2d        all C maps. K_b is mixed in registers, tile by tile: it never exists in memory, for any b.
-    dynamic_conv_logits   the maps' mean over places. It commutes with the convolution, so X is first summed over the k*k
-                          shifted windows (one read of X), and one GEMM with W remains; no map is computed.
-    class_maps            the maps of K asked classes: only these kernels are mixed, X is read once for up to 7 of them.
+t runs over the k*k taps of the window around place p = (row, column), X is zero outside h x w. One operator, and for
+each use of it only what that use needs:
+    dynamic_conv2d        all C maps. K_b is mixed in registers, tile by tile: it never exists in memory.
+    dynamic_conv_logits   the maps' mean over places. It commutes with the convolution: X is summed over the k*k shifted
+                          windows (one read of X), and one GEMM with W, torch's, remains. No map is computed.
+    class_maps            the maps of K asked classes: only these kernels are mixed, and X is read once for 7 of them.
 
-x (B, D, h, w) may have any strides: the token view, whose channels lie together, is read without a copy. Maps and their
-gradients are written channels-last, as conv_kernel wants to read them. Sums are float32. No atomics: the same bits on every run.
-Shapes other than the batch are compile-time constants: Triton knows of a run-time integer only whether 16 divides it, so
-that C = 200 would be loaded 2 bytes at a time, and divisions by w and k would be real ones.
+x (B, D, h, w) may have any strides: the token view, whose channels lie together, is read without a copy. Maps and dX
+are written channels-last, as conv_kernel wants to read them. Sums are float32. No atomics: the same bits on every run.
+Shapes other than the batch are compile-time constants. Of a run-time integer Triton knows only whether 16 divides it:
+rows of C = 200 would be loaded 2 bytes at a time, and divisions by w would be real ones.
 
-Limits: W is read again for every image, from L2: conv_kernel saves the memory of the per-image kernels (177 MB at B = 128,
-C = 200, D = 384 in 16 bits), not time over a grouped convolution with them.
+Limits: W is read again for every image, from L2. So conv_kernel saves the memory of the per-image kernels (177 MB at
+B = 128, C = 200, D = 384 in 16 bits), but no time over a grouped convolution with them.
 Run on Triton's interpreter and through the compilers for sm_80, sm_90 and gfx942; on no GPU yet.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import dot_precision
 
-# Tile sizes, some by bytes per element, chosen by what compiles without spills on sm_80 and sm_90: see benchmark.py --compile.
+# Tile sizes, some by bytes per element: what compiles without spills on sm_80 and sm_90 (benchmark.py --compile).
 BLOCKS = {
     "conv_kernel": {2: dict(BLOCK_P=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=3),
                     4: dict(BLOCK_P=64, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=2)},
@@ -46,14 +46,14 @@ MAX_GROUP = 4  # kernels whose gradient tiles one program of conv_weight_kernel 
 
 @triton.jit
 def conv_kernel(
-    x, scores, weight, bias, out,  # (B, IN, H, W); (B, G); (G, C, k*k, D) in memory; (C) or None; (B, H, W, OUT) in memory
+    x, scores, weight, bias, out,  # (B, IN, H, W); (B, G); (G, C, k*k, D) in memory; (C) or None; (B, H, W, OUT)
     stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
     stride_out: tl.constexpr, stride_in: tl.constexpr, stride_tap: tl.constexpr, stride_g: tl.constexpr,
     H: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, G: tl.constexpr, KERNEL: tl.constexpr,
     DIRECTION: tl.constexpr,  # 1: the convolution, D channels to C. -1: its transpose, dX of dY, C channels to D.
     BLOCK_P: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A program owns BLOCK_P places x BLOCK_OUT channels of one image's output: an implicit GEMM over taps and channels.
+):
+    """A program owns BLOCK_P places x BLOCK_OUT channels of one image's output: a GEMM over taps and channels in.
 
     Tap t of the window reads place p + t (its transpose p - t) and multiplies it by the tile of K_b that it mixes.
     """
@@ -74,7 +74,7 @@ def conv_kernel(
         x_tile = tl.load(
             x + (row * stride_h + column * stride_w)[:, None] + c_in[None, :] * stride_c,
             mask=inside[:, None] & (c_in[None, :] < IN), other=0.0,
-        )  # fmt: skip
+        )
         w_tiles = weight + tap * stride_tap + c_in[:, None] * stride_in
         w_inside = (c_in[:, None] < IN) & (c_out[None, :] < OUT)
         kernel = tl.zeros([BLOCK_IN, BLOCK_OUT], tl.float32)
@@ -100,7 +100,7 @@ def conv_weight_kernel(
     B, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, KERNEL: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """dW_g = sum_b S[b, g] dK_b and dS[b, g] = <W_g, dK_b>, with dK_b[c, t, d] = sum_p dY[b, c, p] X[b, d, p + t].
 
     A program owns BLOCK_C x BLOCK_D of one tap, in BLOCK_G of the kernels: so each image's dK_b tile is formed once and
@@ -124,11 +124,11 @@ def conv_weight_kernel(
             x_tile = tl.load(
                 x + (row * stride_xh + column * stride_xw)[:, None] + d[None, :] * stride_xc,
                 mask=inside[:, None] & (d[None, :] < D), other=0.0,
-            )  # fmt: skip
+            )
             y_tile = tl.load(
                 grad + (p // W * stride_yh + p % W * stride_yw)[:, None] + c[None, :] * stride_yc,
                 mask=(p[:, None] < H * W) & (c[None, :] < C), other=0.0,
-            )  # fmt: skip
+            )
             grad_kernel = tl.dot(tl.trans(y_tile), x_tile, grad_kernel, input_precision=PRECISION)
         score = tl.load(scores + b * G + g, mask=g < G, other=0.0)
         acc += score[:, None, None] * grad_kernel[None, :, :]
@@ -157,7 +157,7 @@ def _launch_conv(out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias: T
     conv_kernel[grid](
         x, scores, weight, bias, out, *x.stride(), stride_out, stride_in, D, C * taps * D,
         H, W, OUT, IN, G, round(taps**0.5), direction, PRECISION=dot_precision(), **blocks,
-    )  # fmt: skip
+    )
 
 
 @torch.library.custom_op(f"{__package__}::dynamic_conv2d", mutates_args=())
@@ -201,7 +201,7 @@ def dynamic_conv2d_grad_weight(grad: Tensor, x: Tensor, scores: Tensor, weight: 
     conv_weight_kernel[(*tiles, taps * triton.cdiv(G, group))](
         x, grad, scores, weight, grad_weight, partial, *x.stride(), *grad.stride(),
         B, H, W, C, D, G, round(taps**0.5), group, PRECISION=dot_precision(), **blocks,
-    )  # fmt: skip
+    )
     return grad_weight, partial.sum((0, 1, 2))
 
 
@@ -256,8 +256,8 @@ def window_sums_kernel(
     stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, KERNEL: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """sums[d, t] = the mean over places of X[d, p + t]. A program owns BLOCK_D channels of one image, with all k*k taps.
+):
+    """sums[d, t] = the mean over p of X[d, p + t]. A program owns BLOCK_D channels of one image, with all k*k taps.
 
     As a product of the (tap, place) counts with X it reads X once, on the tensor cores.
     """
@@ -270,9 +270,9 @@ def window_sums_kernel(
         x_tile = tl.load(
             x + b * stride_b + (p // W * stride_h + p % W * stride_w)[:, None] + d[None, :] * stride_c,
             mask=(p[:, None] < H * W) & (d[None, :] < D), other=0.0,
-        )  # fmt: skip
+        )
         counts = window_counts(p[None, :], tap[:, None], H, W, KERNEL, PADDED)
-        acc = tl.dot(counts.to(tl.float32).to(x_tile.dtype), x_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(counts.to(x_tile.dtype), x_tile, acc, input_precision=PRECISION)
     mean = acc / (9 * H * W if PADDED else H * W)
     tl.store(
         sums + (b * D + d[None, :]) * KERNEL * KERNEL + tap[:, None],
@@ -286,7 +286,7 @@ def window_sums_backward_kernel(
     grad_sums, grad_x,  # (B, D, k*k); (B, H, W, D) in memory
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, KERNEL: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """The transpose of window_sums_kernel. A program owns BLOCK_P places x BLOCK_D channels of one image's dX."""
     b = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -295,9 +295,9 @@ def window_sums_backward_kernel(
     gradient = tl.load(
         grad_sums + (b * D + d[None, :]) * KERNEL * KERNEL + tap[:, None],
         mask=(tap[:, None] < KERNEL * KERNEL) & (d[None, :] < D), other=0.0,
-    )  # fmt: skip
+    )
     counts = window_counts(p[:, None], tap[None, :], H, W, KERNEL, PADDED)
-    spread = tl.dot(counts.to(tl.float32).to(gradient.dtype), gradient, input_precision=PRECISION)
+    spread = tl.dot(counts.to(gradient.dtype), gradient, input_precision=PRECISION)
     tl.store(
         grad_x + (b * H * W + p[:, None]) * D + d[None, :],
         (spread / (9 * H * W if PADDED else H * W)).to(grad_x.dtype.element_ty),
@@ -307,7 +307,7 @@ def window_sums_backward_kernel(
 
 @torch.library.custom_op(f"{__package__}::window_sums", mutates_args=())
 def window_sums(x: Tensor, kernel: int, padded: bool) -> Tensor:
-    """x (B, D, h, w) -> P (B, D, k*k): its means over the k*k windows, as the torch path's x.flatten(2) @ window_weights."""
+    """x (B, D, h, w) -> its means over the k*k windows (B, D, k*k): the torch path's x.flatten(2) @ window_weights."""
     B, D, H, W = x.shape
     sums = _sums_shape(x, kernel, padded)
     blocks = BLOCKS["window_sums_kernel"]
@@ -361,7 +361,7 @@ def class_products_kernel(
     stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr, K,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """products[(n, t), p] = sum_d K_b[classes[n], -t, d] X[d, p]: what place p gives to output place p + t.
 
     A program owns BLOCK_P places of one image, for BLOCK_K (class, tap) pairs side by side: X is not shifted but read
@@ -377,7 +377,7 @@ def class_products_kernel(
         x_tile = tl.load(
             x + b * stride_b + (p // W * stride_h + p % W * stride_w)[:, None] + d[None, :] * stride_c,
             mask=(p[:, None] < H * W) & (d[None, :] < D), other=0.0,
-        )  # fmt: skip
+        )
         w_tiles = weight + (c[None, :] * D + d[:, None]) * TAPS + (TAPS - 1 - n[None, :] % TAPS)
         w_inside = (n[None, :] < K * TAPS) & (d[:, None] < D)
         kernel = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)
@@ -394,7 +394,7 @@ def class_products_kernel(
 
 @torch.library.custom_op(f"{__package__}::class_products", mutates_args=())
 def class_products(x: Tensor, scores: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    """x (B, D, h, w), scores (B, G), weight (G, C, D, k, k), classes (B, K) -> products (B, K*k*k, h*w). No gradient."""
+    """x (B, D, h, w), scores (B, G), weight (G, C, D, k, k), classes (B, K) -> (B, K*k*k, h*w) float32. No gradient."""
     B, D, H, W = x.shape
     G, C, _, k, _ = weight.shape
     K = classes.shape[1]
@@ -405,7 +405,7 @@ def class_products(x: Tensor, scores: Tensor, weight: Tensor, classes: Tensor) -
     class_products_kernel[grid](
         x, scores.float().contiguous(), weight.contiguous(), classes.contiguous(), products, *x.stride(), K,
         H, W, C, D, G, k * k, BLOCK_K=columns, PRECISION=dot_precision(), **blocks,
-    )  # fmt: skip
+    )
     return products
 
 

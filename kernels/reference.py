@@ -1,7 +1,7 @@
-"""The naive twins of the kernels: the paper's equations in plain torch, written to be read, nothing fused, nothing saved.
+"""The naive twins of the kernels: the paper's equations in plain torch, written to be read, nothing fused or saved.
 
-Same names and signatures as the public functions of `kernels`, so that a test is one line. Each computes in the dtype of
-its arguments (the tests give float64) and torch differentiates it.
+Same names and signatures as the public functions of `kernels`, so that a test is one line. Each computes in the dtype
+of its arguments (the tests give float64) and torch differentiates it.
 """
 
 import math

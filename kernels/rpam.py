@@ -9,8 +9,8 @@ Two ways to M^c and M^r:
     aggregate_attention   from A in memory: one read of A, and one more for the gradient
     attention             from Q, K, V: flash attention, which never holds A, then a second pass over its columns
 
-B images, S heads, T = N+1 tokens, d channels a head. q, k, v (B, S, T, d) come as strided views of one projection. Sums,
-maps and logarithms are float32 whatever the inputs' type. No atomics: the same bits on every run.
+B images, S heads, T = N+1 tokens, d channels a head. q, k, v (B, S, T, d) come as strided views of one projection.
+Sums, maps and logarithms are float32 whatever the inputs' type. No atomics: the same bits on every run.
 
 Limits: d at most 128. A's rows start at multiples of N+1 elements; where that is odd, as for N = 196, a load of A moves
 one element per lane (the warp still reads whole sectors), and 16 bytes where it is a multiple of 16.
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from . import dot_precision
 
-# Tile sizes, chosen by what compiles without spills on sm_80 and sm_90: see benchmark.py --compile. Attention's go by the
-# bytes of a head's row of q: up to 256 (d = 128 in 16 bits, 64 in float32) or 512.
+# Tile sizes: what compiles without spills on sm_80 and sm_90 (benchmark.py --compile). Attention's go by the bytes of a
+# head's row of q: up to 256 (d = 128 in 16 bits, 64 in float32) or 512.
 BLOCKS = {
     "aggregate_kernel": dict(BLOCK_I=32, BLOCK_J=64, num_warps=4),
     "aggregate_backward_kernel": dict(BLOCK_I=16, BLOCK_J=64, num_warps=4),
@@ -46,7 +46,7 @@ def aggregate_kernel(
     attn, cls_attn, relation,  # (B, S, T, T), (B, T), (B, T-1)
     stride_b, stride_s, stride_i, stride_j, S, T,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+):
     """A program owns BLOCK_J columns of one image and goes down their rows: so a column's sum needs no other program.
 
     Row 0 is read again by each program, as the weights of the rows: (T / BLOCK_J) rows more than the T of A.
@@ -82,7 +82,7 @@ def aggregate_backward_kernel(
     grad_attn, grad_guide,  # (B, T, T), the same for every head; (B, T)
     stride_b, stride_s, stride_i, stride_j, S, T,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+):
     """With g[j] = dM^r[j] / T: dA_s[i, j] = M^c[i] g[j] / S in rows i >= 1, and dM^c[i] = sum_j A'[i, j] g[j].
 
     A program owns BLOCK_I rows of one image. Row 0 of dA needs dM^c of all rows: its host adds it.
@@ -171,7 +171,7 @@ def attention_kernel(
     q, k, v, out, lse, cls_rows,  # (B, S, T, d) x 3; out (B, T, S, d) in memory; (B, S, T); (B, S, T)
     stride_b, stride_s, stride_t, S, T, scale,  # scale: log2(e) / sqrt(d), so that exp is exp2
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """A program owns BLOCK_I rows of one head's A: softmax runs along them, so they never leave the registers.
 
     It keeps the running maximum and sum of each row (flash attention) and saves their log2-sum-exp2, from which any
@@ -223,8 +223,8 @@ def relation_kernel(
     q, k, lse, cls_attn, columns,  # (B, S, T, d) x 2; (B, S, T); (B, T); (B, S, T)
     stride_b, stride_s, stride_t, S, T, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """columns[j] = sum_i M^c[i] A_s[i, j]. A program owns BLOCK_J columns of one head's A, recomputed transposed from lse.
+):
+    """columns[j] = sum_i M^c[i] A_s[i, j]. A program owns BLOCK_J columns of one head's A, computed transposed.
 
     M^c is a mean over heads and a row's softmax runs along all columns, so both must be known first: hence two passes.
     """
