@@ -531,7 +531,7 @@ def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> s
 def write_atomic(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """write(file) fills a temporary file beside `path`, renamed once it is on disk; else `path` stays as it was."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -803,14 +803,13 @@ def report(
     out: str | Path, model: LCTR, dataset: torch.utils.data.Dataset, scores: Scores, metrics: dict, coupling: str,
     threshold: float, **about: object,
 ) -> None:
-    """Writes metrics.json, predictions.jsonl, gallery.png, curve.png and failures.png into the folder `out`.
+    """Writes predictions.jsonl, gallery.png, curve.png, failures.png and, last, metrics.json into the folder `out`.
 
     about: what else metrics.json shall say (checkpoint, data, split, frame, where the threshold came from).
     """
     out, device, training = Path(out), next(model.parameters()).device, model.training
     out.mkdir(parents=True, exist_ok=True)
     model.eval()
-    write_text(out / "metrics.json", json.dumps(metrics | {"coupling": coupling} | about, indent=2) + "\n")
     lines = (json.dumps(line) + "\n" for line in predictions(scores, coupling, threshold))
     write_text(out / "predictions.jsonl", "".join(lines))
 
@@ -831,6 +830,7 @@ def report(
                        if len(failed) else None))
     note = f"{coupling_label(scores.head, coupling)}, {note}"
     write_png(out / "failures.png", draw_failures(groups, dataset.classes, note, per_row))
+    write_text(out / "metrics.json", json.dumps(metrics | {"coupling": coupling} | about, indent=2) + "\n")
     model.train(training)
 
 
@@ -975,16 +975,26 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     return flags
 
 
+def data_source(flags: argparse.Namespace, checkpoint: dict) -> tuple[str | None, str | None]:
+    """The data set's name and folder: the flags', else the checkpoint's own."""
+    config = checkpoint["config"]
+    name = flags.data or config.get("data")
+    return name, flags.root or (config["root"] if name and name == config.get("data") else None)
+
+
 def load_split(
     flags: argparse.Namespace, checkpoint: dict, path: str, img_size: tuple[int, int], split: str
 ) -> torch.utils.data.Dataset:
     """The split to score, of the checkpoint's data set unless flags say otherwise; the classes must be its own."""
-    name = flags.data or checkpoint["config"]["data"]
-    root = flags.root or (checkpoint["config"]["root"] if name == checkpoint["config"]["data"] else None)
+    name, root = data_source(flags, checkpoint)
+    if name is None:
+        raise argparse.ArgumentError(None, f"--data: missing, {path} names no data set")
     if root is None and name != "synthetic":
         raise argparse.ArgumentError(None, f"--root: {name} needs the data set's folder")
     dataset = data.load_dataset(name, root, split, img_size, limit=flags.limit_test, crop=flags.crop, augment=False)
     known, found = checkpoint["classes"], dataset.classes
+    if checkpoint["phase"] == "foreign" and len(known) == len(found):
+        known = found  # the file has no names to compare
     if list(known) != list(found):
         i = next((i for i, (a, b) in enumerate(zip(known, found)) if a != b), min(len(known), len(found)))
         names = [repr(classes[i]) if i < len(classes) else "nothing" for classes in (known, found)]
@@ -1029,8 +1039,8 @@ def evaluate(flags: argparse.Namespace) -> int:
         if flags.crop and flags.crop < max(model.img_size):
             raise argparse.ArgumentError(None, f"--crop: got {flags.crop}, need at least "
                                                f"{max(model.img_size)}, the side of {path}'s input")
-        name, root = flags.data or checkpoint["config"]["data"], flags.root or checkpoint["config"]["root"]
-        if flags.threshold == "auto" and not data.has_split(name, root, "val"):
+        name, root = data_source(flags, checkpoint)
+        if flags.threshold == "auto" and not (name and data.has_split(name, root, "val")):
             raise argparse.ArgumentError(None, f"--threshold: auto needs a val split, {name} has none: give a number")
         if list(checkpoint["classes"]) != list(loaded[0][2]["classes"]):
             raise ValueError(f"{path}: its classes are not those of {flags.checkpoint[0]}")

@@ -577,7 +577,7 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
     """The model of a checkpoint, in eval mode, and the checkpoint's dict. Raises ValueError naming the file.
 
     Besides train.py's own, it takes the state dicts of the released LCTR, TS-CAM and DeiT: their sizes are read off the
-    shapes, the class names they lack are None, and the released LCTR pools as its code does ("padded").
+    shapes, classes are numbered, phase is "foreign", and the released LCTR pools as its code does ("padded").
     """
     checkpoint = read_weights(path)
     if "config" not in checkpoint:
@@ -621,7 +621,8 @@ def load_foreign(content: dict, path: str) -> tuple[LCTR, dict]:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(f"{path}: not a checkpoint of train.py, LCTR, TS-CAM or DeiT ({reason}): "
                          f"looks like {describe(state)}") from None
-    return model.eval(), {"model": own, "config": config, "classes": None, "phase": "main", "metrics": {}}
+    classes = [f"class {i}" for i in range(C)]
+    return model.eval(), {"model": own, "config": config, "classes": classes, "phase": "foreign", "metrics": {}}
 
 
 # ---------------------------------------------------------------- python lctr.py [IMAGE] | --export FILE CHECKPOINT

@@ -62,26 +62,28 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line with every default filled in; ends with one line and status 2 where a flag is wrong."""
 
     def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False):
-        def parse(text: str):
-            value = kind(text)
-            if not (low < value if open_low else low <= value) or not value < high:
-                raise ValueError
-            return value
+        need = f"a {'whole ' * (kind is int)}number {'above' if open_low else 'from'} {low:g}"
+        need += f" and below {high:g}" * (high < math.inf)
 
-        bounds = f"{'above' if open_low else 'from'} {low:g}" + f" below {high:g}" * (high < math.inf)
-        parse.__name__ = f"{kind.__name__} {bounds}"
+        def parse(text: str) -> float:
+            with contextlib.suppress(ValueError):
+                value = kind(text)
+                if (low < value if open_low else low <= value) and value < high:
+                    return value
+            raise argparse.ArgumentTypeError(f"got {text}, need {need}")
+
         return parse
 
     def img_size(text: str) -> int | list[int]:
         sides = [positive(side) for side in text.split("x")]
-        return sides[0] if len(sides) == 1 else [sides[0], sides[1]]
+        if len(sides) > 2:
+            raise argparse.ArgumentTypeError(f"got {text}, need pixels as 224, or height x width as 160x224")
+        return sides[0] if len(sides) == 1 else sides
 
     def threshold(text: str) -> float | str:
         return text if text == "auto" else fraction(text)
 
     positive, fraction, above_zero = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
-    img_size.__name__ = "size in pixels (224, or height x width as 160x224)"
-    threshold.__name__ = 'number in [0, 1) or "auto"'
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="--data picks the defaults marked *.", allow_abbrev=False
     )
@@ -216,9 +218,12 @@ def log(out: Path, entry: dict) -> None:
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
-    """The former file stays until the new one is whole and on disk."""
-    if process()[0] == 0:
+    """The former file stays until the new one is whole and on disk; no process goes on before it is."""
+    rank, world = process()
+    if rank == 0:
         evaluate.write_atomic(path, lambda file: torch.save(checkpoint, file))
+    if world > 1:
+        dist.barrier()
 
 
 def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict | None) -> None:
@@ -425,9 +430,9 @@ def train(flags: argparse.Namespace) -> None:
     if threshold == "auto":
         threshold = evaluate.best_threshold(score(val_set, couplings=(coupling,)), coupling)
     scores = score(test_set, threshold=threshold)
+    best["metrics"] = {**best["metrics"], "threshold": threshold}
+    write_checkpoint(out / "best.pt", best)
     if process()[0] == 0:
-        best["metrics"] = {**best["metrics"], "threshold": threshold}
-        write_checkpoint(out / "best.pt", best)
         metrics = evaluate.summarise(scores, threshold)
         evaluate.report(out, model, test_set, scores, metrics, coupling, threshold)
         print(f"\n{evaluate.format_table(metrics, coupling)}\n\npictures: {out / 'gallery.png'}, curve.png, failures.png")

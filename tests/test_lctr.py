@@ -328,6 +328,24 @@ def test_load_checkpoint_refuses_what_does_not_fit(tmp_path, changes, words):
     assert "best.pt" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.floats(0, 1), at=st.floats(0, 1), junk=st.binary(min_size=1, max_size=40), kind=st.sampled_from(["cut", "write"]))
+def test_a_damaged_checkpoint_works_or_ends_in_one_line(tmp_path, cut, at, junk, kind):
+    if not (tmp_path / "good.pt").exists():
+        torch.save(checkpoint(), tmp_path / "good.pt")
+    content = bytearray((tmp_path / "good.pt").read_bytes())
+    if kind == "cut":
+        content = content[:int(cut * len(content))]
+    else:
+        place = int(at * (len(content) - len(junk)))
+        content[place:place + len(junk)] = junk
+    (tmp_path / "bad.pt").write_bytes(content)
+    try:
+        load_checkpoint(tmp_path / "bad.pt")
+    except ValueError as error:
+        assert str(tmp_path / "bad.pt") in str(error) and "\n" not in str(error)
+
+
 # ---------------------------------------------------------------- foreign weights, each written here in its own convention
 
 
@@ -421,7 +439,7 @@ def test_the_authors_checkpoint_is_scored_as_their_code_does(tmp_path):
     torch.save({"model": state, "epoch": 7}, tmp_path / "lctr.pth")
     loaded, saved = load_checkpoint(tmp_path / "lctr.pth")
     x = images(2, (16, 16), torch.float32)
-    assert torch.equal(loaded(x), model(x)) and saved["config"]["pool"] == "padded" and saved["classes"] is None
+    assert torch.equal(loaded(x), model(x)) and saved["config"]["pool"] == "padded" and saved["phase"] == "foreign"
     assert not load_pretrained(VisionTransformer(16, 4, 64, 3, 1), tmp_path / "lctr.pth").new
 
 
