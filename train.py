@@ -175,7 +175,7 @@ def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
     """Of a step in 0 .. total-1: linear warm-up over `warmup` steps, then a cosine down to peak / 100."""
     if step < warmup:
         return peak * (step + 1) / (math.floor(warmup) + 1)
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = (step - warmup) / (total - warmup)
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

@@ -286,7 +286,7 @@ def read_cubin(cubin: bytes) -> dict:
 def read_amdgcn(code: str) -> dict:
     widths = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "ubyte": 1, "byte": 1}
     moved = collections.Counter()
-    for name in re.findall(r"\b(?:global|buffer)_(?:load|store)_([a-z]+(?:x\d)?)", code):
+    for name in re.findall(r"\b(?:global|buffer)_(?:load|store)_(dwordx\d|[a-z]+)", code):
         moved[widths.get(name, 4)] += widths.get(name, 4)
     return {
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
