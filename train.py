@@ -38,12 +38,12 @@ from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_backbone, load_pretraine
 PAPER = dict(  # "Implementation Details", CUB-200-2011; the warm-up is the released code's
     arch="small", img_size=224, patch_size=16, head="cdm", num_kernels=4, kernel_size=3, scorer="separate",
     erase="raw", pool="gap", drop_path=0.1, epochs=80, pretrain_epochs=0, batch_size=128, lr=5e-5, weight_decay=5e-4,
-    warmup_epochs=5.0, label_smoothing=0.0,
+    warmup_epochs=5.0, label_smoothing=0.0, clip_grad=0.0,
 )
 RECIPES = {
     "synthetic": PAPER | dict(
-        arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, erase="minmax", drop_path=0.2,
-        epochs=4, pretrain_epochs=4, batch_size=32, lr=1e-3, weight_decay=0.05,
+        arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, epochs=4, pretrain_epochs=4,
+        batch_size=32, lr=1e-3, weight_decay=0.05, clip_grad=1.0,
     ),
     "cub": PAPER,
     "folder": PAPER,
@@ -113,6 +113,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=number(float, 0), help="on all but biases, norms and embeddings *")
     add("--warmup-epochs", type=number(float, 0), help="at most a tenth of the run *")
     add("--label-smoothing", type=fraction, help="*")
+    add("--clip-grad", type=number(float, 0), help="largest norm of the gradient, 0 for any *")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16, else fp16 on CUDA, off on a CPU")
     add("--workers", type=number(int, 0), help="processes that load images (default: 8 on CUDA, 0 on a CPU)")
     add("--seed", type=number(int, 0), default=0)
@@ -268,7 +269,7 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         parts = [part.tolist() for batch in batches for part in np.array_split(batch, pieces)[mine]]
         stream = iter(data.loader(train_set, parts, config["workers"]))
         model.train()
-        for _ in evaluate.progress(batches, f"{phase} epoch {epoch + 1}"):
+        for _ in evaluate.progress(batches, f"{phase} epoch {epoch + 1}", show=rank == 0):
             started = time.perf_counter()
             lr = learning_rate(step, total, warmup, config["lr"])
             for group in optimizer.param_groups:
@@ -287,6 +288,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
                 loss += part_loss.detach()
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+            if config["clip_grad"]:
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), config["clip_grad"], norm)
             seen = torch.stack([loss, torch.full_like(loss, Interrupt.asked)])  # (2)
             if world > 1:
                 dist.all_reduce(seen)
@@ -302,11 +305,11 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
             if step % LOG_EVERY == 0 or step == total:
                 log(out, {"phase": phase, "epoch": epoch, "step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                           "images_per_s": batch_size / (time.perf_counter() - started)})
-            if interrupted:
-                checkpoint("last.pt")
-                raise KeyboardInterrupt
-            if config["checkpoint_every"] and step % config["checkpoint_every"] == 0 and step % steps_per_epoch:
-                checkpoint("last.pt")
+            if step % steps_per_epoch and step < total:  # an epoch's end saves below
+                if interrupted or config["checkpoint_every"] and step % config["checkpoint_every"] == 0:
+                    checkpoint("last.pt")
+                if interrupted:
+                    raise KeyboardInterrupt
 
         best = phase == "main" and step == total and not val_set
         if phase == "main" and val_set and ((epoch + 1) % config["eval_every"] == 0 or step == total):
@@ -320,6 +323,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         checkpoint("last.pt")
         say(f"{phase} epoch {epoch + 1}: step {step}, loss {loss:.3f}"
             + (f", val top-1 accuracy {metrics['top1_cls']:.1f} %" if metrics else ""))
+        if interrupted:
+            raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- the whole run
@@ -441,6 +446,7 @@ def train(flags: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
     former = signal.signal(signal.SIGINT, Interrupt.ask)
+    torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if flags.device.startswith("cuda") else "gloo")
