@@ -749,11 +749,15 @@ def _pack(samples):
 
 def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Iterator[dict]:
     """Batches of these indices, in this order, whatever the number of workers; torch's random state is left alone."""
-    for batch in DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_pack,
-                            generator=torch.Generator(), worker_init_fn=_ignore_interrupt,
-                            pin_memory=torch.cuda.is_available()):
-        batch["boxes"] = list(batch["boxes"].split(batch.pop("counts")))
-        yield batch
+    loaded = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_pack,
+                        generator=torch.Generator(), worker_init_fn=_ignore_interrupt,
+                        pin_memory=torch.cuda.is_available())
+    try:
+        for batch in loaded:
+            batch["boxes"] = list(batch["boxes"].split(batch.pop("counts")))
+            yield batch
+    except DataError as error:
+        raise error.with_traceback(None)                        # whose frames would keep the workers
 
 
 def main() -> None:

@@ -969,7 +969,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     if any(place.exists() and not place.is_dir() for place in (flags.out, *flags.out.parents)):
         parser.error(f"--out: {flags.out} is or lies in a file, need a folder")
     try:
-        torch.zeros(1, device=flags.device)
+        device = torch.zeros(1, device=flags.device).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton's choice
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device: {flags.device}: {str(error).splitlines()[0]}")
     return flags
@@ -1033,6 +1035,8 @@ def evaluate(flags: argparse.Namespace) -> int:
     """Everything that the flags ask for; returns the exit status."""
     loaded = [(path, *load_checkpoint(path)) for path in flags.checkpoint]
     for path, model, checkpoint in loaded:
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError(f"{path}: weights that are not finite")
         if flags.coupling and flags.coupling not in couplings_of(model):
             raise argparse.ArgumentError(None, f"--coupling: {path} has a {head_of(model)} head, whose couplings are "
                                                f"{', '.join(couplings_of(model))}")

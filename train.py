@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -33,17 +32,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_backbone, load_pretrained, read_weights
+from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_backbone, load_checkpoint, load_pretrained, read_weights
 
 PAPER = dict(  # "Implementation Details", CUB-200-2011; the warm-up is the released code's
     arch="small", img_size=224, patch_size=16, head="cdm", num_kernels=4, kernel_size=3, scorer="separate",
-    erase="raw", pool="gap", drop_path=0.1, epochs=80, pretrain_epochs=0, batch_size=128, lr=5e-5, weight_decay=5e-4,
-    warmup_epochs=5.0, label_smoothing=0.0, clip_grad=0.0,
+    erase="raw", pool="gap", drop_path=0.1, epochs=80, pretrain_epochs=0, batch_size=128, lr=5e-5, pretrain_lr=5e-4,
+    weight_decay=5e-4, warmup_epochs=5.0, label_smoothing=0.0, clip_grad=0.0,
 )
 RECIPES = {
     "synthetic": PAPER | dict(
         arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, epochs=4, pretrain_epochs=4,
-        batch_size=32, lr=1e-3, weight_decay=0.05, clip_grad=1.0,
+        batch_size=32, lr=7e-4, pretrain_lr=1e-3, weight_decay=0.05, clip_grad=1.0,
     ),
     "cub": PAPER,
     "folder": PAPER,
@@ -75,7 +74,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         return parse
 
     def img_size(text: str) -> int | list[int]:
-        sides = [positive(side) for side in text.split("x")]
+        sides = [size(side) for side in text.split("x")]
         if len(sides) > 2:
             raise argparse.ArgumentTypeError(f"got {text}, need pixels as 224, or height x width as 160x224")
         return sides[0] if len(sides) == 1 else sides
@@ -83,7 +82,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     def threshold(text: str) -> float | str:
         return text if text == "auto" else fraction(text)
 
-    positive, fraction, above_zero = number(int, 1), number(float, 0, 1), number(float, 0, open_low=True)
+    positive, size = number(int, 1, 10**9), number(int, 1, 10**6)
+    fraction, above_zero = number(float, 0, 1), number(float, 0, open_low=True)
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], epilog="--data picks the defaults marked *.", allow_abbrev=False
     )
@@ -93,30 +93,31 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--root", help="folder of the data set (synthetic needs none)")
     add("--arch", choices=ARCHITECTURES, help="DeiT's sizes: embed-dim, depth and num-heads at once *")
     add("--img-size", type=img_size, help="network input in pixels: 224, or height x width as 160x224 *")
-    add("--patch-size", type=positive, help="*")
-    add("--embed-dim", type=positive, help="*")
-    add("--depth", type=positive, help="*")
-    add("--num-heads", type=positive, help="*")
+    add("--patch-size", type=size, help="*")
+    add("--embed-dim", type=size, help="*")
+    add("--depth", type=number(int, 1, 1000), help="*")
+    add("--num-heads", type=size, help="*")
     add("--pretrained", help="file of backbone weights: DeiT, timm ViT, or a checkpoint of this script")
     add("--head", choices=("cdm", "conv", "token"), help="cdm is LCTR, conv TS-CAM, token plain DeiT *")
-    add("--num-kernels", type=positive, help="G, Table 6 *")
+    add("--num-kernels", type=size, help="G, Table 6 *")
     add("--kernel-size", type=int, choices=(1, 3), help="Table 7 *")
     add("--scorer", choices=("separate", "shared", "gap", "gmp"), help="Table 5 *")
     add("--erase", choices=("raw", "minmax"), help="whether M~c is stretched to [0, 1] before it is reversed *")
     add("--pool", choices=("gap", "padded"), help="padded: the released code's 3 x 3 average before the pool *")
     add("--drop-path", type=fraction, help="stochastic depth's rate in the last block *")
     add("--epochs", type=positive, help="*")
-    add("--pretrain-epochs", type=number(int, 0), help="epochs with a token head first *")
+    add("--pretrain-epochs", type=number(int, 0, 10**9), help="epochs with a token head first *")
     add("--batch-size", type=positive, help="images per step, over all processes *")
     add("--accumulate", type=positive, default=1, help="pieces that a batch is computed in, for small cards")
     add("--lr", type=above_zero, help="peak learning rate, never rescaled *")
+    add("--pretrain-lr", type=above_zero, help="the same for the pretraining epochs *")
     add("--weight-decay", type=number(float, 0), help="on all but biases, norms and embeddings *")
     add("--warmup-epochs", type=number(float, 0), help="at most a tenth of the run *")
     add("--label-smoothing", type=fraction, help="*")
     add("--clip-grad", type=number(float, 0), help="largest norm of the gradient, 0 for any *")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16, else fp16 on CUDA, off on a CPU")
-    add("--workers", type=number(int, 0), help="processes that load images (default: 8 on CUDA, 0 on a CPU)")
-    add("--seed", type=number(int, 0), default=0)
+    add("--workers", type=number(int, 0, 1000), help="processes that load images (default: 8 on CUDA, 0 on a CPU)")
+    add("--seed", type=number(int, 0, 2**63), default=0)
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--out", help="run folder (default: runs/<data>-<head>-seed<seed>)")
     add("--resume", nargs="?", const=True, metavar="FILE", help="continue the run in --out, or from FILE")
@@ -140,9 +141,13 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if flags.data != "synthetic" and not flags.root:
         parser.error(f"argument --root: missing, --data {flags.data} needs its folder")
     flags.device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if flags.device == "cuda":
+        flags.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes take a GPU each
     try:
         device = torch.device(flags.device)
         torch.empty(0, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton's and NCCL's choice
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: {str(error).splitlines()[0]}")
     try:
@@ -236,7 +241,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
     if batch_size < pieces:
         raise ValueError(f"--batch-size: {batch_size} images do not split into {world} processes x {config['accumulate']}")
     steps_per_epoch = len(train_set) // batch_size
-    total = steps_per_epoch * config["epochs" if phase == "main" else "pretrain_epochs"]
+    epochs, peak = (config["epochs"], config["lr"]) if phase == "main" else (config["pretrain_epochs"], config["pretrain_lr"])
+    total = steps_per_epoch * epochs
     if phase == "main" and config["max_steps"]:
         total = min(total, config["max_steps"])
     warmup = min(config["warmup_epochs"] * steps_per_epoch, total / 10)
@@ -245,13 +251,20 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     step, metrics = 0, {}
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        step, metrics = saved["step"], saved["metrics"]
+        try:
+            model.load_state_dict(saved["model"])
+            if not all(parameter.isfinite().all() for parameter in model.parameters()):
+                raise ValueError("weights that are not finite")
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            torch.set_rng_state(saved["rng"])
+            step, metrics = int(saved["step"]), dict(saved["metrics"])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"{saved['path']}: cannot go on from its state: {reason}") from None
     parallel = DistributedDataParallel(model) if world > 1 else model
     say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} (processes {world} x pieces {config['accumulate']}), "
-        f"learning rate {config['lr']:g} after {warmup:.0f} steps, amp {config['amp']}, on {device}"
+        f"learning rate {peak:g} after {warmup:.0f} steps, amp {config['amp']}, on {device}"
         + f", from step {step}" * bool(step))
 
     def checkpoint(name: str) -> None:
@@ -271,7 +284,7 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         model.train()
         for _ in evaluate.progress(batches, f"{phase} epoch {epoch + 1}", show=rank == 0):
             started = time.perf_counter()
-            lr = learning_rate(step, total, warmup, config["lr"])
+            lr = learning_rate(step, total, warmup, peak)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             noise = np.random.default_rng((*key, step)).random((batch_size, config["depth"], 2), np.float32)
@@ -342,28 +355,27 @@ class Interrupt:
 
 
 def find_saved(flags: argparse.Namespace, config: dict) -> dict | None:
-    """The checkpoint to go on from, or None for a fresh run."""
-    out = Path(flags.out)
-    if not flags.resume:
-        if (out / "last.pt").exists():
-            raise ValueError(f"--out: {out} already holds a run: continue it with --resume, or give another folder")
-        return None
-    path = out / "last.pt" if flags.resume is True else Path(flags.resume)
-    if flags.resume is True and not path.exists():
+    """The checkpoint to go on from, with its path, or None for a fresh run."""
+    out, last = Path(flags.out), Path(flags.out) / "last.pt"
+    path = Path(flags.resume) if isinstance(flags.resume, str) else last
+    elsewhere = path.parent.resolve() != out.resolve()
+    if last.exists() and (elsewhere or not flags.resume):
+        raise ValueError(f"--out: {out} already holds a run: continue it with --resume, or give another folder")
+    if not flags.resume or flags.resume is True and not last.exists():
         return None
     saved = read_weights(path)
-    if "phase" not in saved or "config" not in saved:
+    if saved.get("phase") not in PHASES or not isinstance(saved.get("config"), dict):
         raise ValueError(f"{path}: no phase or config in it: need a checkpoint that train.py wrote")
     differences = [f"--{name.replace('_', '-')} was {saved['config'].get(name)!r}, is {value!r}"
                    for name, value in config.items() if name not in FREE_FLAGS and saved["config"].get(name) != value]
     if differences:
         raise ValueError(f"--resume: flags differ from those of {path}: {'; '.join(differences)}")
-    if path.parent.resolve() != out.resolve():
+    if elsewhere and process()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("best.pt", "log.jsonl"):
-            if (path.parent / name).exists():
-                shutil.copy(path.parent / name, out / name)
-    return saved
+        for former in (path.parent / "best.pt", path.parent / "log.jsonl"):
+            if former.exists():
+                evaluate.write_atomic(out / former.name, lambda file: file.write(former.read_bytes()))
+    return saved | {"path": path}
 
 
 def cut_log(out: Path, saved: dict | None) -> None:
@@ -372,8 +384,8 @@ def cut_log(out: Path, saved: dict | None) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a line cut short by a kill
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line cut short by a kill
             entry = json.loads(line)
             if saved and (PHASES.index(entry["phase"]), entry["step"]) <= (PHASES.index(saved["phase"]), saved["step"]):
                 kept.append(line + "\n")
@@ -410,14 +422,12 @@ def train(flags: argparse.Namespace) -> None:
     device, classes, backbone = torch.device(flags.device), len(train_set.classes), None
 
     def start(head: str, outputs: int) -> LCTR:
-        """A phase's model as it begins: new from the seed, but for what is saved, pretrained here, or pretrained in a file."""
+        """A phase's model as it begins: new from the seed, but for what is pretrained here or in a file."""
         torch.manual_seed(flags.seed)
         model = build(config, outputs, head=head)
-        if saved:
-            model.load_state_dict(saved["model"])
-        elif backbone:
+        if backbone:
             load_backbone(model, backbone, "pretraining")
-        elif flags.pretrained:
+        elif flags.pretrained and not saved:
             say(f"backbone from {flags.pretrained}:\n{load_pretrained(model, flags.pretrained)}")
         return model.to(device)
 
@@ -428,8 +438,8 @@ def train(flags: argparse.Namespace) -> None:
     model = start(flags.head, classes)
     fit(model, "main", train_set, val_set, config, saved)
 
-    best = read_weights(out / "best.pt")
-    model.load_state_dict(best["model"])
+    model, best = load_checkpoint(out / "best.pt")
+    model = model.to(device)
     score = functools.partial(evaluate.score, model, device=device, workers=flags.workers)
     coupling, threshold = evaluate.default_coupling(model), config["threshold"]
     if threshold == "auto":
@@ -445,6 +455,7 @@ def train(flags: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
+    Interrupt.asked = False
     former = signal.signal(signal.SIGINT, Interrupt.ask)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
@@ -457,8 +468,10 @@ def main(argv: list[str] | None = None) -> None:
         last = Path(flags.out) / "last.pt"
         print(f"train.py: interrupted: the same command with --resume goes on from {last}", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train.py: error: {error}")
+    except OSError as error:
+        sys.exit(f"train.py: error: {error.filename or flags.out}: {error.strerror or error}")
+    except (ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
+        sys.exit(f"train.py: error: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     finally:
         signal.signal(signal.SIGINT, former)
 

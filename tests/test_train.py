@@ -1,10 +1,13 @@
-"""train.py as its users run it, on a few tiny birds: in this process, but for torchrun."""
+"""train.py as its users run it, on a few tiny birds: in this process, but for torchrun and kill -9."""
 
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from PIL import Image
 import train
 from lctr import load_checkpoint
 
+pytestmark = pytest.mark.usefixtures("without_pictures")
 ROOT = Path(__file__).parent.parent
 TINY = ("--img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 2 --pretrain-epochs 1 "
         "--limit-train 33 --limit-test 10").split()
@@ -38,8 +42,8 @@ def fails(capsys, *flags, status=1):
     return capsys.readouterr().err
 
 
-def weights(out, name="last.pt"):
-    return torch.load(Path(out) / name, weights_only=True)["model"]
+def weights(out, name="last.pt", key="model"):
+    return torch.load(Path(out) / name, weights_only=True)[key]
 
 
 def log_lines(out):
@@ -53,6 +57,22 @@ def assert_same_run(a, b):
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
     assert log_lines(a) == log_lines(b)
     assert (a / "predictions.jsonl").read_text() == (b / "predictions.jsonl").read_text()
+
+
+def spawn(*arguments):
+    """Another python, with as many threads as this one: their number decides how sums are rounded."""
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=threads, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def torchrun(*arguments):
+    """(exit status, standard error) of train.py in two processes."""
+    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--device", "cpu", *arguments)
+    try:
+        return run.wait(120), run.stderr.read()
+    finally:
+        run.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +104,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_the_main_phase_starts_from_the_pretrained_backbone(tmp_path):
-    out = run(tmp_path / "run", "--max-steps", 1, "--lr", 1e-30)
+    out = run(tmp_path / "run", "--max-steps", 1, "--lr", 1e-30, "--pretrain-lr", 1e-30)
     torch.manual_seed(0)
     fresh = train.build(json.loads((out / "config.json").read_text()), 9)
     moved = [key for key, value in weights(out).items() if (value - fresh.state_dict()[key]).abs().max() > 1e-20]
@@ -143,6 +163,27 @@ def test_a_killed_run_ends_as_one_never_stopped(tmp_path, finished, kill_at, ste
     assert_same_run(run(tmp_path / "run", "--resume", *flags), finished)
 
 
+def test_kill_9_at_any_moment_of_either_phase(tmp_path):
+    flags = [*TINY, "--epochs", "6", "--pretrain-epochs", "6", "--checkpoint-every", "1"]
+    killed, rng = tmp_path / "killed", np.random.default_rng()
+    for phase in train.PHASES:
+        process, step = spawn("train.py", *flags, "--resume", "--out", killed), int(rng.integers(1, 12))
+        while process.poll() is None:
+            if (killed / "last.pt").exists():
+                saved = torch.load(killed / "last.pt", weights_only=True)  # readable at any moment, too
+                if saved["phase"] == phase and saved["step"] >= step:
+                    break
+            time.sleep(rng.random() / 50)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    before = torch.load(killed / "last.pt", weights_only=True)
+    train.main([*flags, "--resume", "--out", str(killed)])
+    train.main([*flags, "--out", str(tmp_path / "whole")])
+    assert_same_run(killed, tmp_path / "whole")
+    assert before["phase"] == "main" and before["step"] < weights(killed, "last.pt", "step")
+    assert not [path for path in killed.iterdir() if path.name.endswith(".partial")]
+
+
 def test_killed_before_its_last_evaluation(tmp_path, finished, monkeypatch):
     monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
@@ -164,7 +205,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, finished, monkeypatch, cap
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert (saved["phase"], saved["step"]) == ("main", 6)
     monkeypatch.undo()
-    train.Interrupt.asked = False
     assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
 
@@ -173,6 +213,24 @@ def test_resume_from_a_file_into_another_folder(tmp_path, finished, kill_at):
     with pytest.raises(Killed):
         run(tmp_path / "first")
     assert_same_run(run(tmp_path / "second", "--resume", tmp_path / "first" / "last.pt"), finished)
+
+
+def test_resume_from_a_file_into_another_run_is_refused(tmp_path, finished, kill_at, capsys):
+    kill_at(6)
+    with pytest.raises(Killed):
+        run(tmp_path / "other")
+    before = {path: path.read_bytes() for path in finished.iterdir()}
+    assert "already holds a run" in fails(capsys, *TINY, "--out", finished, "--resume", tmp_path / "other" / "last.pt")
+    assert before == {path: path.read_bytes() for path in finished.iterdir()}
+
+
+def test_a_log_cut_short_by_a_crash_is_mended(tmp_path, finished, kill_at):
+    kill_at(9)
+    with pytest.raises(Killed):
+        run(tmp_path / "run")
+    with open(tmp_path / "run" / "log.jsonl", "ab") as file:
+        file.write(b'{"step": 9}\n[]\n\xff\0\n{"phase": "main", "epo')
+    assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
@@ -184,13 +242,29 @@ def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
 
 def test_resume_with_other_flags_lists_the_differences(finished, capsys):
     line = fails(capsys, *TINY, "--out", finished, "--resume", "--lr", 0.5, "--scorer", "gap", "--workers", 1)
-    assert "--lr was 0.001, is 0.5" in line and "--scorer was 'separate', is 'gap'" in line and "--workers" not in line
+    assert "--lr was 0.0007, is 0.5" in line and "--scorer was 'separate', is 'gap'" in line and "--workers" not in line
 
 
 def test_a_run_is_never_overwritten(finished, capsys):
     before = (finished / "last.pt").read_bytes()
     assert "--resume" in fails(capsys, *TINY, "--out", finished)
     assert (finished / "last.pt").read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_former_checkpoint(tmp_path, finished, capsys):
+    """Files may grow to what the backbone's checkpoint needs, not the larger one of the main phase."""
+    def write_at_most(size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    write_at_most((finished / "last.pt").stat().st_size - 1)
+    try:
+        line = fails(capsys, *TINY, "--out", tmp_path / "run")
+    finally:
+        write_at_most(resource.RLIM_INFINITY)
+    assert str(tmp_path / "run") in line and "File too large" in line and "\n" not in line
+    assert weights(tmp_path / "run", "last.pt", "phase") == "pretrain"
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".partial")]
+    assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
 
 def test_a_failing_write_keeps_the_former_checkpoint(tmp_path, monkeypatch, capsys):
@@ -230,15 +304,27 @@ def test_accumulated_pieces_make_the_same_steps(tmp_path, finished):
 
 
 def test_two_processes_make_the_same_run(tmp_path, finished):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *TINY,
-               "--out", str(tmp_path / "run"), "--device", "cpu"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, errors = torchrun(*TINY, "--out", tmp_path / "run")
+    assert status == 0, errors
     close(weights(tmp_path / "run"), weights(finished))
     one, two = (json.loads((out / "metrics.json").read_text()) for out in (finished, tmp_path / "run"))
     assert two["n"] == one["n"] == 10
     assert (tmp_path / "run" / "predictions.jsonl").read_text().count("\n") == 10
     assert [line["step"] for line in log_lines(tmp_path / "run")] == [line["step"] for line in log_lines(finished)]
+
+
+def test_one_process_that_fails_ends_all_and_shows_why(tmp_path):
+    """The picture that cannot be read is met in training, by the one process that has it in its half of the batch."""
+    for split, n in (("train", 8), ("test", 2)):
+        (tmp_path / split / "dots").mkdir(parents=True)
+        for i in range(n):
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / split / "dots" / f"{i}.png")
+    culprit = tmp_path / "train" / "dots" / "5.png"
+    culprit.write_bytes(culprit.read_bytes()[:60])
+    status, errors = torchrun(*TINY, "--data", "folder", "--root", tmp_path, "--patch-size", 8, "--out", tmp_path / "run")
+    ours = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+    assert status == 1 and f"{culprit}: cannot be read as an image" in "".join(ours)
+    assert len(ours) <= 2 and "in train\n" not in errors  # the other process may say that it lost this one
 
 
 def test_bfloat16_trains(tmp_path):
@@ -314,9 +400,11 @@ def test_defaults_are_the_papers():
     (["--img-size", "64x64x3"], "--img-size"), (["--num-heads", "5"], "--num-heads"), (["--patch-size", "0"], "--patch-size"),
     (["--kernel-size", "5"], "--kernel-size"), (["--head", "gap"], "--head"), (["--scorer", "max"], "--scorer"),
     (["--amp", "int8"], "--amp"), (["--device", "quantum"], "--device"), (["--workers", "-1"], "--workers"),
-    (["--seed", "-1"], "--seed"), (["--max-steps", "0"], "--max-steps"), (["--limit-train", "0"], "--limit-train"),
+    (["--seed", "-1"], "--seed"), (["--seed", str(2**64)], "--seed"), (["--max-steps", "0"], "--max-steps"), (["--limit-train", "0"], "--limit-train"),
     (["--data", "imagenet"], "--data"), (["--data", "cub"], "--root"), (["--root", "birds"], "--root"), (["--colour"], "--colour"),
     (["--pretrain-epochs", "-1"], "--pretrain-epochs"), (["--accumulate", "0"], "--accumulate"), (["--arch", "huge"], "--arch"),
+    (["--embed-dim", "9" * 20], "--embed-dim"), (["--depth", "9" * 9], "--depth"), (["--epochs", "9" * 400], "--epochs"),
+    (["--workers", "100000"], "--workers"), (["--device", "cuda:99"], "--device"), (["--img-size", "9" * 12], "--img-size"),
     (["--checkpoint-every", "0"], "--checkpoint-every"), (["--eval-every", "0"], "--eval-every"),
 ])
 def test_wrong_flags_end_in_one_line_with_status_2(capsys, monkeypatch, flags, name):
