@@ -443,7 +443,10 @@ def train(flags: argparse.Namespace) -> None:
     score = functools.partial(evaluate.score, model, device=device, workers=flags.workers)
     coupling, threshold = evaluate.default_coupling(model), config["threshold"]
     if threshold == "auto":
-        threshold = evaluate.best_threshold(score(val_set, couplings=(coupling,)), coupling)
+        val_scores = score(val_set, couplings=(coupling,))
+        threshold = evaluate.DEFAULT_THRESHOLD
+        if val_scores.annotated.any():
+            threshold = evaluate.best_threshold(val_scores, coupling)
     scores = score(test_set, threshold=threshold)
     best["metrics"] = {**best["metrics"], "threshold": threshold}
     write_checkpoint(out / "best.pt", best)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import data
 import evaluate
 import train
 
@@ -190,6 +191,14 @@ def test_training_images_that_are_broken(capsys, small_bombs, cub, tmp_path, fau
     IMAGE_FAULTS[fault](cub / TRAIN_IMAGE)
     line = error_of(call(capsys, *train_on(cub, tmp_path / "run", "--workers", workers, "--batch-size", 6)), train)
     assert str(cub / TRAIN_IMAGE) in line
+    assert_whole(tmp_path / "run")
+
+
+def test_a_loading_process_that_the_system_kills(capsys, monkeypatch, cub, tmp_path):
+    load, parent = data.load_image, os.getpid()
+    monkeypatch.setattr(data, "load_image", lambda *a: os.kill(os.getpid(), 9) if os.getpid() != parent else load(*a))
+    line = error_of(call(capsys, *train_on(cub, tmp_path / "run", "--workers", 1)), train)
+    assert "DataLoader worker" in line
     assert_whole(tmp_path / "run")
 
 

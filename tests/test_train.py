@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+import evaluate
 import train
 from lctr import load_checkpoint
 
@@ -130,6 +131,91 @@ def test_data_without_val_uses_the_last_epoch_and_the_fixed_threshold(tmp_path, 
     assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(out, "best.pt").values()))
     line = fails(capsys, *TINY, "--out", tmp_path / "auto", *flags, "--threshold", "auto")
     assert "--threshold" in line and "val" in line
+
+
+# ---------------------------------------------------------------- other data, from pictures to scores
+
+
+def picture(path, mode="RGB", form="JPEG"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(str(path.name))).integers(0, 255, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, form)
+
+
+def train_and_evaluate(name, root, out, capsys):
+    """A run, its metrics.json and notes, and that evaluate.py finds the same numbers with nothing but its checkpoint."""
+    run(out, "--data", name, "--root", root, "--patch-size", 8, "--batch-size", 4, "--pretrain-epochs", 0)
+    said, warned = capsys.readouterr()
+    assert evaluate.main(["--checkpoint", str(out / "best.pt"), "--limit-test", "10"]) == 0 and not warned
+    metrics, again = (json.loads((folder / "metrics.json").read_text()) for folder in (out, out / "evaluate"))
+    assert metrics.items() <= again.items()
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    return metrics, lines, [line.removeprefix("note: ") for line in said.splitlines() if line.startswith("note: ")]
+
+
+def test_ilsvrc_as_the_challenge_lays_it_out(tmp_path, capsys):
+    images, annotations = (tmp_path / "ILSVRC" / part / "CLS-LOC" for part in ("Data", "Annotations"))
+    words = {"n02123045": "tabby, tabby cat", "n01440764": "tench, Tinca tinca", "n02105855": "Shetland sheepdog, Shetland"}
+    (annotations / "val").mkdir(parents=True)
+    number = 0
+    for wnid in words:
+        for i, odd in ((10026, {}), (293, {"mode": "L"}), (2933, {"form": "PNG"}), (4152, {"mode": "CMYK"})):
+            picture(images / "train" / wnid / f"{wnid}_{i}.JPEG", **odd)  # the real set has such ones, too
+        for boxes in ([(0, 0, 20, 30)], [(2, 3, 20, 30), (10, 10, 60, 39)]):
+            number += 1
+            stem = f"ILSVRC2012_val_{number:08d}"
+            picture(images / "val" / f"{stem}.JPEG")
+            objects = "".join(
+                f"\t<object>\n\t\t<name>{wnid}</name>\n\t\t<pose>Unspecified</pose>\n\t\t<truncated>0</truncated>\n"
+                f"\t\t<difficult>0</difficult>\n\t\t<bndbox>\n\t\t\t<xmin>{x0}</xmin>\n\t\t\t<ymin>{y0}</ymin>\n"
+                f"\t\t\t<xmax>{x1}</xmax>\n\t\t\t<ymax>{y1}</ymax>\n\t\t</bndbox>\n\t</object>\n" for x0, y0, x1, y1 in boxes)
+            (annotations / "val" / f"{stem}.xml").write_text(
+                f"<annotation>\n\t<folder>val</folder>\n\t<filename>{stem}</filename>\n\t<source>\n\t\t<database>ILSVRC_2012"
+                "</database>\n\t</source>\n\t<size>\n\t\t<width>50</width>\n\t\t<height>40</height>\n\t\t<depth>3</depth>\n"
+                f"\t</size>\n\t<segmented>0</segmented>\n{objects}</annotation>\n")
+    (tmp_path / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} {rest}\n" for wnid, rest in sorted(words.items())))
+    (annotations / "val" / "ILSVRC2012_val_00000001.xml").rename(annotations / "val" / "ILSVRC2012_val_00009999.xml")
+
+    metrics, lines, notes = train_and_evaluate("ilsvrc", tmp_path, tmp_path / "run", capsys)
+    assert (metrics["n"], metrics["n_boxes"], metrics["threshold"]) == (5, 5, 0.2)
+    assert [len(line["boxes"]) for line in lines] == [2, 1, 2, 1, 2]
+    assert lines[0]["boxes"] == [[2, 3, 20, 30], [10, 10, 50, 39]]  # the second is clipped
+    assert [line["label"] for line in lines] == [2, 0, 0, 1, 1]  # the mapping's order: tench, sheepdog, tabby
+    assert [note.split(" (")[0] for note in notes] == [
+        "1 annotations have no image and are ignored", "1 images have no annotation and are left out",
+        "3 boxes reach beyond their images and are clipped"]
+    checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert checkpoint["classes"] == ["tench, Tinca tinca", "Shetland sheepdog, Shetland", "tabby, tabby cat"]
+
+
+@pytest.mark.parametrize("boxes", ["all sorts", "none"])
+def test_a_folder_with_odd_names(tmp_path, capsys, boxes):
+    root = tmp_path / "my data, ünïcode 鳥"
+    for place, odd in {
+        "train/great tit/a b.JPG": {}, "train/great tit/grey.jpeg": {"mode": "L"}, "train/Ünïcode/鳥.PNG": {"form": "PNG"},
+        "train/Ünïcode/cmyk.Jpg": {"mode": "CMYK"}, "val/Ünïcode/v.png": {"form": "PNG"}, "val/great tit/v.png": {"form": "PNG"},
+        'test/great tit/a, "b".jpeg': {"mode": "L"}, "test/great tit/unboxed.tif": {"form": "TIFF"},
+        "test/Ünïcode/鳥 2.JPG": {"mode": "CMYK"}, "test/Ünïcode/two.webp": {"form": "WEBP"},
+    }.items():
+        picture(root / place, **odd)
+    (root / "train/great tit/Thumbs.db").write_text("no picture")
+    if boxes == "all sorts":
+        (root / "boxes.csv").write_text(
+            'Path,xmin,ymin,xmax,ymax\r\n"test/great tit/a, ""b"".jpeg",1,2,30.5,40\r\ntest/Ünïcode/鳥 2.JPG,-5,0,50,20\r\n'
+            "test/Ünïcode/two.webp,1,1,9,9\r\ntest/Ünïcode/two.webp,20,5,50,40\r\nval/Ünïcode/v.png,5,5,40,35\r\n"
+            "test/Ünïcode/gone.jpg,1,2,3,4\r\n", "utf-8")
+    metrics, lines, notes = train_and_evaluate("folder", root, tmp_path / "run", capsys)
+    assert metrics["n"] == len(lines) == 4 and [line["label"] for line in lines] == [0, 0, 1, 1]
+    assert [line["path"].rpartition("/")[2] for line in lines] == ['a, "b".jpeg', "unboxed.tif", "two.webp", "鳥 2.JPG"]
+    if boxes == "none":
+        assert metrics["n_boxes"] == 0 and metrics["threshold"] == 0.2 and metrics["couplings"]["relation"]["gt_known"] is None
+        assert notes == ["2 of 2 val images have no box and are not scored", "4 of 4 test images have no box and are not scored"]
+    else:
+        assert metrics["n_boxes"] == 3 and [len(line["boxes"]) for line in lines] == [1, 0, 2, 1]
+        assert lines[3]["boxes"] == [[0, 0, 50, 20]] and lines[1]["iou"] is None
+        assert [note.split(" (")[0] for note in notes] == [
+            f"1 rows of {root / 'boxes.csv'} name no image", "1 of 2 val images have no box and are not scored",
+            "1 boxes reach beyond their images and are clipped", "1 of 4 test images have no box and are not scored"]
 
 
 # ---------------------------------------------------------------- stopping and going on
