@@ -170,7 +170,7 @@ SPECIES = [f"{hue}-{mark}" for mark in MARKS for hue in HUES]
 DECOYS = [*HUES.values(), (0.83, 0.65, 0.85), (0.36, 0.8, 0.65), (0.0, 0.0, 0.97)]
 PALETTES = [(0.07, 0.55, 0.45), (0.10, 0.35, 0.70), (0.58, 0.25, 0.50), (0.22, 0.35, 0.45), (0.0, 0.0, 0.35),
             (0.05, 0.50, 0.30), (0.50, 0.30, 0.40), (0.95, 0.25, 0.55)]                                          # HSV
-PALETTE_CUE = 0.5                                           # share of birds whose palette is their species' own
+PALETTE_CUE = 0.1                                           # share of birds whose palette is their species' own
 SUPERSAMPLING = 3
 
 _ANGLES = np.linspace(0, 2 * math.pi, 28, endpoint=False)
