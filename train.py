@@ -48,7 +48,7 @@ RECIPES = {
     "folder": PAPER,
     "ilsvrc": PAPER | dict(epochs=14, batch_size=256, lr=5e-4),
 }
-FREE_FLAGS = ("out", "workers", "device", "eval_every", "checkpoint_every", "resume")  # may change when a run is resumed
+FREE_FLAGS = ("out", "workers", "device", "eval_every", "checkpoint_every", "resume")  # may change on --resume
 PHASES = ("pretrain", "main")
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 LOG_EVERY = 10  # steps
@@ -115,7 +115,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup-epochs", type=number(float, 0), help="at most a tenth of the run *")
     add("--label-smoothing", type=fraction, help="*")
     add("--clip-grad", type=number(float, 0), help="largest norm of the gradient, 0 for any *")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16, else fp16 on CUDA, off on a CPU")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 or fp16 on CUDA, else off")
     add("--workers", type=number(int, 0, 1000), help="processes that load images (default: 8 on CUDA, 0 on a CPU)")
     add("--seed", type=number(int, 0, 2**63), default=0)
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -126,7 +126,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--limit-test", type=positive, help="the same for test and val")
     add("--eval-every", type=positive, default=1, help="epochs between evaluations on val")
     add("--checkpoint-every", type=positive, help="steps between checkpoints, besides every epoch's")
-    add("--threshold", type=threshold, help="of the box: in [0, 1), or auto = best on val (default: auto, without val 0.2)")
+    add("--threshold", type=threshold, help="of the box: in [0, 1), or auto = best on val; without a val split 0.2")
     flags = parser.parse_args(argv)
 
     recipe = dict(RECIPES[flags.data])
@@ -239,10 +239,10 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
     mine = slice(rank * config["accumulate"], (rank + 1) * config["accumulate"])
     batch_size = min(config["batch_size"], len(train_set))
     if batch_size < pieces:
-        raise ValueError(f"--batch-size: {batch_size} images do not split into {world} processes x {config['accumulate']}")
+        raise ValueError(f"--batch-size: {batch_size} images do not split into {world} x {config['accumulate']} pieces")
     steps_per_epoch = len(train_set) // batch_size
-    epochs, peak = (config["epochs"], config["lr"]) if phase == "main" else (config["pretrain_epochs"], config["pretrain_lr"])
-    total = steps_per_epoch * epochs
+    prefix = "" if phase == "main" else "pretrain_"
+    total, peak = steps_per_epoch * config[f"{prefix}epochs"], config[f"{prefix}lr"]
     if phase == "main" and config["max_steps"]:
         total = min(total, config["max_steps"])
     warmup = min(config["warmup_epochs"] * steps_per_epoch, total / 10)
@@ -263,8 +263,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(f"{saved['path']}: cannot go on from its state: {reason}") from None
     parallel = DistributedDataParallel(model) if world > 1 else model
-    say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} (processes {world} x pieces {config['accumulate']}), "
-        f"learning rate {peak:g} after {warmup:.0f} steps, amp {config['amp']}, on {device}"
+    say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} images ({world} processes x "
+        f"{config['accumulate']} pieces), learning rate {peak:g} after {warmup:.0f} steps, amp {config['amp']}, on {device}"
         + f", from step {step}" * bool(step))
 
     def checkpoint(name: str) -> None:
@@ -453,7 +453,8 @@ def train(flags: argparse.Namespace) -> None:
     if process()[0] == 0:
         metrics = evaluate.summarise(scores, threshold)
         evaluate.report(out, model, test_set, scores, metrics, coupling, threshold)
-        print(f"\n{evaluate.format_table(metrics, coupling)}\n\npictures: {out / 'gallery.png'}, curve.png, failures.png")
+        print(f"\n{evaluate.format_table(metrics, coupling)}")
+        print(f"\npictures: {out / 'gallery.png'}, curve.png, failures.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -463,7 +464,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if flags.device.startswith("cuda") else "gloo")
+            on_cuda = flags.device.startswith("cuda")
+            if on_cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if on_cuda else "gloo")
         train(flags)
         if dist.is_initialized():
             dist.destroy_process_group()
