@@ -264,8 +264,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
             raise ValueError(f"{saved['path']}: cannot go on from its state: {reason}") from None
     parallel = DistributedDataParallel(model) if world > 1 else model
     say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} images ({world} processes x "
-        f"{config['accumulate']} pieces), learning rate {peak:g} after {warmup:.0f} steps, amp {config['amp']}, on {device}"
-        + f", from step {step}" * bool(step))
+        f"{config['accumulate']} pieces), learning rate {peak:g} after {warmup:.0f} steps, amp {config['amp']}, "
+        f"on {device}" + f", from step {step}" * bool(step))
 
     def checkpoint(name: str) -> None:
         write_checkpoint(out / name, {
