@@ -15,6 +15,7 @@ Three identities make the torch paths fast:
 """
 
 import contextlib
+import itertools
 import math
 import os
 
@@ -57,24 +58,31 @@ def attention(
     if relation and on_triton:
         from . import rpam
         return rpam.attention_relation(q, k, v)
-    scale = 1 / math.sqrt(q.shape[-1])
     map_dtype = torch.promote_types(q.dtype, torch.float32)
-    row = (q[:, :, :1] @ k.transpose(-2, -1)).mul(scale).softmax(-1, dtype=map_dtype)  # (B, S, 1, N+1), row 0 of A
-    cls_attn = row.mean(1)  # (B, 1, N+1)
     if not relation:
-        return F.scaled_dot_product_attention(q, k, v), cls_attn[:, 0], None
+        return F.scaled_dot_product_attention(q, k, v), _class_row(q, k, map_dtype)[:, 0], None
 
-    # M^r is linear in A, so heads are summed one after another: A exists for as many heads as fit a core's cache.
-    B, S, T, _ = q.shape
-    guide = cls_attn.expand(B, S, T)  # every head of an image is weighted by the image's M^c
-    heads = max(1, _CACHED_ELEMENTS // T**2)
-    out, relations = [], []
-    for q_, k_, v_, guide_ in zip(*(t.flatten(0, 1).split(heads) for t in (q, k, v, guide))):
-        attn = torch.baddbmm(q_.new_empty(()), q_, k_.transpose(1, 2), beta=0, alpha=scale).softmax(-1)  # (heads, T, T)
-        out.append(attn @ v_)
-        relations.append(guide_[:, None].to(attn.dtype) @ attn)  # (heads, 1, T): sum_i M^c[i] A[i, j]
-    patch_relation = torch.cat(relations).view(B, S, T).to(map_dtype).sum(1)[:, 1:] / (S * T)
-    return torch.cat(out).view_as(q), cls_attn[:, 0], patch_relation
+    # M^r is linear in A, so heads are summed one after another: A exists for as many as fit the cores' caches.
+    B, S, T, d = q.shape
+    cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()  # which Dynamo cannot trace
+    heads = cores * max(1, _CACHED_ELEMENTS // T**2)  # at a time, of as many images
+    images, heads = max(1, heads // S), min(S, heads)
+    out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads, the next step, copies nothing
+    cls_attn, columns = q.new_empty(B, 1, T, dtype=map_dtype), q.new_zeros(B, 1, T, dtype=map_dtype)
+    scratch = q.new_empty(images * heads, T, T)  # fresh memory for each A would cost more than its products
+    for image, head in itertools.product(range(0, B, images), range(0, S, heads)):
+        image = slice(image, image + images)
+        if head == 0:
+            cls_attn[image] = _class_row(q[image], k[image], map_dtype)
+        chunk = image, slice(head, head + heads)
+        q_, k_, v_ = (t[chunk].flatten(0, 1) for t in (q, k, v))  # (heads, T, d)
+        attn = scratch[: len(q_)]  # (heads, T, T)
+        torch.baddbmm(attn, q_, k_.mT, beta=0, alpha=1 / math.sqrt(d), out=attn)
+        torch.softmax(attn, -1, out=attn)
+        out[chunk] = (attn @ v_).view_as(out[chunk])
+        guide = cls_attn[image].to(q.dtype).repeat(1, 1, out[chunk].shape[1])  # (images, 1, heads * T)
+        columns[image] += guide @ attn.view(len(guide), -1, T)  # sum_i M^c[i] A[i, j]
+    return out, cls_attn[:, 0], columns[:, 0, 1:] / (S * T)
 
 
 def aggregate_attention(attn: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -178,7 +186,13 @@ def class_maps(
     return maps if bias is None else maps + bias[classes][:, :, None, None]
 
 
-_CACHED_ELEMENTS = 2**18  # attention held at a time on a CPU: 1 MiB of float32, half a core's usual L2 cache
+_CACHED_ELEMENTS = 2**18  # attention held at a time by a CPU core: 1 MiB of float32, about its L2 cache
+
+
+def _class_row(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+    """M^c (B, 1, N+1): row 0 of A, head mean."""
+    row = (q[:, :, :1] @ k.mT).mul(1 / math.sqrt(q.shape[-1]))  # (B, S, 1, N+1)
+    return row.softmax(-1, dtype=dtype).mean(1)
 
 
 def _known_backend(name: str | None) -> str | None:

@@ -1,33 +1,43 @@
-"""What the Triton kernels cost: in time on a GPU, in bytes and in machine code anywhere.
+"""What the Triton kernels cost: in time on a GPU, in bytes and in machine code anywhere. And what LCTR costs as a whole.
 
     python -m kernels.benchmark                             # on a GPU, minutes: times, GB/s, share of the roofline
     python -m kernels.benchmark --traffic                   # anywhere, a minute: exact bytes against the least
     python -m kernels.benchmark --compile sm_80,sm_90       # anywhere, a minute a target: registers, instructions
+    python -m kernels.benchmark --end-to-end                # anywhere: LCTR against a plain ViT, 10 minutes on 2 cores
     each with --json FILE: the rows of its table, as a list of objects
 
-All modes run the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --traffic runs them in Triton's
+The first three run the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --traffic runs them in Triton's
 interpreter, --compile stops each launch and compiles what would have been launched for the target instead.
 """
 
 import argparse
 import collections
+import concurrent.futures
 import functools
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import data
 import kernels
+import train
+from lctr import LCTR, Attention, VisionTransformer
 
 
 class Shape(NamedTuple):
@@ -343,12 +353,204 @@ def times(shape: Shape = Shape(B=128), dtype: torch.dtype = torch.bfloat16) -> l
     return rows
 
 
+# ---------------------------------------------------------------------------------------------------- --end-to-end
+
+
+class FusedAttention(Attention):
+    """Attention without maps."""
+
+    def forward(self, x: Tensor, attention: str) -> tuple[Tensor, None]:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # each (B, S, N+1, D/S)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, D)), None
+
+
+class PlainViT(VisionTransformer):
+    """The floor under LCTR's cost: the same backbone, fused attention, one linear layer on the mean patch token."""
+
+    def __init__(self, num_classes: int, embed_dim: int = 384, num_heads: int = 6, **sizes):
+        super().__init__(embed_dim=embed_dim, num_heads=num_heads, **sizes)
+        for block in self.blocks:
+            block.attn = FusedAttention(embed_dim, num_heads)
+        self.classifier = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.forward_features(images)[0][:, 1:].mean(1))
+
+    @torch.no_grad()
+    def localize(self, images: Tensor) -> Tensor:
+        return self(images)
+
+
+class Work(NamedTuple):
+    """What both models do, DeiT-S on `batch` images, and what share of the floor's time or memory LCTR may take."""
+
+    task: str  # "train" or "localize"
+    num_classes: int
+    img_size: int
+    batch: int
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.task}, C={self.num_classes}, {self.batch} x {self.img_size} px"
+
+
+TIMED = (
+    Work("train", 200, 224, 32, 1.10),
+    Work("train", 1000, 224, 32, 1.15),
+    Work("localize", 200, 224, 32, 1.10),
+    Work("localize", 1000, 224, 32, 1.10),
+    Work("localize", 200, 448, 8, 1.15),
+)
+MEASURED = (Work("train", 200, 224, 32, 1.10), Work("localize", 200, 448, 8, 1.15))  # for memory
+
+
+def prepare(work: Work, model: type[nn.Module]) -> Callable[[], None]:
+    """Makes a model and its inputs; the result does the work once: on CUDA in bfloat16 where autocast allows."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    network = model(work.num_classes, img_size=work.img_size).to(device)
+    images = torch.randn(work.batch, 3, work.img_size, work.img_size, device=device)
+    labels = torch.randint(work.num_classes, (work.batch,), device=device)
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda")
+
+    def localize() -> None:
+        with autocast():
+            network.localize(images)
+
+    def step() -> None:
+        with autocast():
+            loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    if work.task == "localize":
+        network.eval()
+        return localize
+    optimizer = train.adamw(network, 0.05)
+    return step
+
+
+def seconds(run: Callable[[], None]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def paired_seconds(floor: Callable[[], None], ours: Callable[[], None], repeats: int) -> dict[str, float]:
+    """Both run in turn, in alternating order, after one run each to warm up: medians, that of the ratios pair by pair."""
+    pairs = []
+    for i in range(repeats + 1):
+        first = seconds(ours) if i % 2 else None
+        pairs.append((seconds(floor), first or seconds(ours)))
+    floor, ours, ratio = (statistics.median(c) for c in zip(*((f, o, o / f) for f, o in pairs[1:])))
+    return {"floor": floor, "ours": ours, "ratio": ratio}
+
+
+def operations(work: Work, model: type[nn.Module], backward: bool = False, **sizes) -> int:
+    """Multiplications and additions in the matrix products of localize, or of training's forward pass and, where
+    asked, its backward pass: counted by torch, which sees neither fused attention nor custom operators, on no data."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton
+
+    with torch.device("meta"):
+        network = model(work.num_classes, img_size=work.img_size, **sizes)
+        images = torch.empty(work.batch, 3, work.img_size, work.img_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), kernels.use_backend("torch"):
+        output = network.localize(images) if work.task == "localize" else network(images)
+        if backward:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+def peak_memory(work: Work, model: type[nn.Module]) -> int:
+    """Bytes at the peak of doing the work twice, model and optimiser included, in a process that does nothing else: on
+    CUDA those that torch has allocated, on a CPU (Linux) what the process came to hold in RAM since its imports."""
+
+    def resident(name: str) -> int:
+        return 1024 * int(re.search(rf"{name}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
+
+    before = resident("VmRSS")
+    run = prepare(work, model)
+    run(), run()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
+
+
+def end_to_end(repeats: int = 5) -> list[dict]:
+    """A row per work and per way to load data: time or peak memory of the floor and of LCTR, median of paired ratios,
+    LCTR's images a second, and the share that its matrix products reach of a large matrix product's operations a second.
+
+    For the loader, one process on one core, the floor decodes JPEGs at full scale.
+    """
+    device, size, dtype = ("cuda", 8192, torch.bfloat16) if torch.cuda.is_available() else ("cpu", 2048, torch.float32)
+    repeats *= 10 if device == "cuda" else 1
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    rate = 2 * size**3 / statistics.median([seconds(lambda: matrix @ matrix) for _ in range(10)][1:])  # operations/s
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}: {dtype} matmul at {rate / 1e12:.3g} TFLOP/s", flush=True)
+
+    rows = []
+    for work in TIMED:
+        print(work, "...", file=sys.stderr, flush=True)
+        measured = paired_seconds(prepare(work, PlainViT), prepare(work, LCTR), repeats)
+        count = operations(work, LCTR, backward=work.task == "train")
+        rows.append({"work": str(work), "unit": "s", **measured, "limit": work.limit,
+                     "images_per_s": work.batch / measured["ours"], "peak_share": count / measured["ours"] / rate})
+    for work in MEASURED:
+        print(work, "memory ...", file=sys.stderr, flush=True)
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+            floor, ours = (pool.submit(peak_memory, work, model).result() / 2**30 for model in (PlainViT, LCTR))
+        rows.append({"work": f"{work}, memory", "unit": "GiB", "floor": floor, "ours": ours, "ratio": ours / floor,
+                     "limit": work.limit, "images_per_s": None, "peak_share": None})
+    return rows + loading(repeats)
+
+
+def loading(repeats: int, count: int = 64) -> list[dict]:
+    """end_to_end's rows for data: milliseconds a sample."""
+    from PIL import Image, JpegImagePlugin
+
+    def row(work: str, floor: float | None, ours: float, ratio: float | None, limit: float | None) -> dict:
+        return {"work": work, "unit": "ms", "floor": floor and 1e3 * floor / count, "ours": 1e3 * ours / count,
+                "ratio": ratio, "limit": limit, "images_per_s": count / ours, "peak_share": None}
+
+    print("loading ...", file=sys.stderr, flush=True)
+    rows, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = pathlib.Path(folder, "train", "bird")
+        pictures.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(data.draw_bird(0, i, (375, 500))[0]).save(pictures / f"{i}.jpg", quality=90)
+        for img_size in (224, 112):
+            dataset = data.load_dataset("folder", folder, "train", img_size)
+
+            def load() -> None:
+                collections.deque(data.loader(dataset, [list(range(count))]), maxlen=0)
+
+            def load_in_full() -> None:
+                with mock.patch.object(JpegImagePlugin.JpegImageFile, "draft", lambda *_: None):
+                    load()
+
+            measured = paired_seconds(load_in_full, load, repeats)
+            rows.append(row(f"load 500x375 JPEG for {img_size} px", **measured, limit=None))
+    birds = statistics.median(
+        seconds(lambda: [data.draw_bird(0, i) for i in range(count)]) for _ in range(repeats)
+    )
+    torch.set_num_threads(threads)
+    return [*rows, row("draw a 64 px bird", None, birds, None, None)]
+
+
 # ------------------------------------------------------------------------------------------------------------ main
 
 
 def print_table(rows: list[dict]) -> None:
     def text(value) -> str:
-        return f"{value:.3g}" if isinstance(value, float) else str(value)
+        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
     columns = {name: [name, *(text(row[name]) for row in rows)] for name in rows[0]}
     widths = [max(map(len, cells)) for cells in columns.values()]
@@ -361,6 +563,8 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--traffic", action="store_true", help="count bytes in the interpreter")
     mode.add_argument("--compile", metavar="TARGETS", help=f"comma-separated, of {', '.join(SHARED_MEMORY)}")
+    mode.add_argument("--end-to-end", action="store_true", help="LCTR against a plain ViT")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs of runs per row of --end-to-end")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     args = parser.parse_args()
     targets = args.compile.split(",") if args.compile is not None else []
@@ -370,8 +574,12 @@ def main() -> None:
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 changes its default
     os.environ["TRITON_INTERPRET"] = "1" if args.traffic else "0"  # before triton is imported
+    if args.repeats < 1:
+        parser.error(f"--repeats: got {args.repeats}, need 1 or more")
     if args.traffic:
         rows = traffic()
+    elif args.end_to_end:
+        rows = end_to_end(args.repeats)
     elif targets:
         rows = compiled(targets)
     elif torch.cuda.is_available():
