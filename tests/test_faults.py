@@ -324,7 +324,8 @@ def damage(path, seed):
     rng, content = random.Random(seed), bytearray(path.read_bytes())
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(min(len(content), 2000) if rng.random() < 0.5 else len(content))
-        content[at:at + rng.randint(0, 3)] = rng.choice([rng.randbytes(1), rng.randbytes(3), b"", b"\n", b" nan ", b"9" * 30])
+        put = rng.choice([rng.randbytes(1), rng.randbytes(3), b"", b"\n", b" nan ", b"9" * 30])
+        content[at:at + (len(put) if rng.random() < 0.7 else rng.randint(0, 3))] = put
     path.write_bytes(content[:rng.randrange(len(content))] if rng.random() < 0.2 else content)
 
 
