@@ -116,6 +116,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--label-smoothing", type=fraction, help="*")
     add("--clip-grad", type=number(float, 0), help="largest norm of the gradient, 0 for any *")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="auto: bf16 or fp16 on CUDA, else off")
+    add("--compile", action="store_true", help="train through torch.compile, which needs a C++ compiler on a CPU")
     add("--workers", type=number(int, 0, 1000), help="processes that load images (default: 8 on CUDA, 0 on a CPU)")
     add("--seed", type=number(int, 0, 2**63), default=0)
     add("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -185,13 +186,21 @@ def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """The paper's AdamW; biases, norms and embeddings are not decayed."""
-    decayed, rest = [], []
+def adamw(model: LCTR, weight_decay: float, pretrained: bool) -> torch.optim.AdamW:
+    """The paper's AdamW; biases, norms and embeddings are not decayed. Each group's `scale` multiplies its learning rate.
+
+    Adam's step ignores how large a weight is. A LayerScale folded into a pretrained projection leaves it far smaller than
+    ViT's initial 0.02, and full steps would wreck it: its rate shrinks in proportion, as if it were not folded.
+    """
+    folded = [linear for block in model.blocks for linear in (block.attn.proj, block.mlp.fc2)] if pretrained else []
+    scales = {parameter: min(1.0, linear.weight.detach().square().mean().sqrt().item() / 0.02)
+              for linear in folded for parameter in linear.parameters()}
+    groups = {}
     for name, parameter in model.named_parameters():
-        (rest if parameter.ndim < 2 or name in ("cls_token", "pos_embed") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True)
+        decay = 0.0 if parameter.ndim < 2 or name in ("cls_token", "pos_embed") else weight_decay
+        group = {"params": [], "weight_decay": decay, "scale": scales.get(parameter, 1.0)}
+        groups.setdefault((decay, name if parameter in scales else None), group)["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), lr=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True)
 
 
 def loss_sum(logits: Tensor, batch: dict, num_classes: int, smoothing: float) -> Tensor:
@@ -247,7 +256,7 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         total = min(total, config["max_steps"])
     warmup = min(config["warmup_epochs"] * steps_per_epoch, total / 10)
 
-    optimizer = adamw(model, config["weight_decay"])
+    optimizer = adamw(model, config["weight_decay"], pretrained=config["pretrained"] is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     step, metrics = 0, {}
     if saved:
@@ -262,6 +271,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise ValueError(f"{saved['path']}: cannot go on from its state: {reason}") from None
+    if config["compile"]:
+        model.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
     say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} images ({world} processes x "
         f"{config['accumulate']} pieces), learning rate {peak:g} after {warmup:.0f} steps, amp {config['amp']}, "
@@ -286,7 +297,7 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
             started = time.perf_counter()
             lr = learning_rate(step, total, warmup, peak)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["scale"]
             noise = np.random.default_rng((*key, step)).random((batch_size, config["depth"], 2), np.float32)
             noises = np.array_split(noise, pieces)[mine]
             loss, paths = torch.zeros((), device=device), []
