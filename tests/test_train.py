@@ -464,12 +464,24 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth(total, share, 
 
 def test_biases_norms_and_embeddings_are_not_decayed():
     model = train.build(vars(train.parse_flags(TINY)), 9)
-    decayed, rest = train.adamw(model, 0.05).param_groups
-    assert decayed["weight_decay"] == 0.05 and rest["weight_decay"] == 0
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    free = {names[id(p)] for p in rest["params"]}
-    assert {"cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "cdm.bias"} <= free
-    assert {"cdm.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"} <= {names[id(p)] for p in decayed["params"]}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = train.adamw(model, 0.05, pretrained=False).param_groups
+    decay = {names[parameter]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(groups) == 2 and decay.keys() == set(names.values()) and {group["scale"] for group in groups} == {1.0}
+    assert not any(decay[n] for n in ("cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "cdm.bias"))
+    assert all(decay[n] == 0.05 for n in ("cdm.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"))
+
+
+def test_a_folded_layer_scale_learns_at_a_smaller_rate():
+    model = train.build(vars(train.parse_flags(TINY)), 9)
+    with torch.no_grad():
+        model.blocks[0].mlp.fc2.weight.normal_(std=0.002)
+        model.blocks[1].mlp.fc2.weight.normal_(std=0.2)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = train.adamw(model, 0.05, pretrained=True).param_groups
+    scale = {names[parameter]: group["scale"] for group in groups for parameter in group["params"]}
+    assert scale["blocks.0.mlp.fc2.weight"] == scale["blocks.0.mlp.fc2.bias"] == pytest.approx(0.1, rel=0.1)
+    assert scale["blocks.1.mlp.fc2.weight"] == scale["blocks.0.attn.qkv.weight"] == scale["cdm.weight"] == 1
 
 
 def test_defaults_are_the_papers():
