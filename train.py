@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -187,9 +187,9 @@ def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
 
 
 def adamw(model: LCTR, weight_decay: float, pretrained: bool) -> torch.optim.AdamW:
-    """The paper's AdamW; biases, norms and embeddings are not decayed. Each group's `scale` multiplies its learning rate.
+    """The paper's AdamW; biases, norms and embeddings are not decayed. A group's `scale` multiplies its learning rate.
 
-    Adam's step ignores how large a weight is. A LayerScale folded into a pretrained projection leaves it far smaller than
+    Adam's step ignores how large a weight is. A LayerScale folded into a pretrained projection leaves it far below
     ViT's initial 0.02, and full steps would wreck it: its rate shrinks in proportion, as if it were not folded.
     """
     folded = [linear for block in model.blocks for linear in (block.attn.proj, block.mlp.fc2)] if pretrained else []
