@@ -445,8 +445,10 @@ def load_backbone(
 
 def to_own_names(state: dict, source: str) -> tuple[dict[str, Tensor], list[str]]:
     """A foreign state dict in this project's names and conventions, and which of its parameters that changed."""
+    if not isinstance(state, dict):
+        raise ValueError(f"{source}: found a {type(state).__name__}, need a state dict")
     for key, value in state.items():
-        if not isinstance(value, Tensor) or not value.isfinite().all():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.isfinite().all():
             raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
     own, converted = {}, []
     for key, value in state.items():
@@ -521,13 +523,11 @@ def read_weights(path: str) -> dict:
         if path.endswith(".safetensors"):
             return read_safetensors(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # a damaged file fails in many ways inside torch; all mean the same to its owner
-        raise ValueError(f"{path}: not a file of weights that torch can read without running code "
-                         f"({type(error).__name__})") from None
+        reason = error if path.endswith(".safetensors") else type(error).__name__
+        raise ValueError(f"{path}: not a file of weights that can be read without running code ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found a {type(content).__name__}, need a state dict or a checkpoint")
     return content

@@ -245,7 +245,8 @@ RAW = {
     "page": lambda whole: b"<!DOCTYPE html><title>404</title>", "zeros": lambda whole: bytes(len(whole)),
 }
 SAVED = {  # for every use of a file
-    "a list": lambda saved: [saved],
+    "a list": lambda saved: [saved], "no dict": lambda saved: {"model": torch.zeros(3), "state_dict": 3},
+    "numbers as keys": lambda saved: saved | {"model": {1: torch.zeros(3)}},
     "alien keys": lambda saved: saved | {"model": {"layer1.0.conv1.weight": torch.zeros(3)}},
     "other shapes": change_model({"norm.weight": torch.ones(13)}),
     "no tensor": change_model({"norm.weight": "text"}),
