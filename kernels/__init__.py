@@ -191,8 +191,8 @@ _CACHED_ELEMENTS = 2**18  # attention held at a time by a CPU core: 1 MiB of flo
 
 def _class_row(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
     """M^c (B, 1, N+1): row 0 of A, head mean."""
-    row = (q[:, :, :1] @ k.mT).mul(1 / math.sqrt(q.shape[-1]))  # (B, S, 1, N+1)
-    return row.softmax(-1, dtype=dtype).mean(1)
+    row = (q[:, :, :1].to(dtype) * k).sum(-1) / math.sqrt(q.shape[-1])  # (B, S, N+1); a product would copy k, and save it
+    return row.softmax(-1).mean(1, keepdim=True)
 
 
 def _known_backend(name: str | None) -> str | None:

@@ -36,7 +36,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import kernels
-import train
 from lctr import LCTR, Attention, VisionTransformer
 
 
@@ -428,7 +427,7 @@ def prepare(work: Work, model: type[nn.Module]) -> Callable[[], None]:
     if work.task == "localize":
         network.eval()
         return localize
-    optimizer = train.adamw(network, 0.05)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     return step
 
 
