@@ -191,7 +191,7 @@ _CACHED_ELEMENTS = 2**18  # attention held at a time by a CPU core: 1 MiB of flo
 
 def _class_row(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
     """M^c (B, 1, N+1): row 0 of A, head mean."""
-    row = (q[:, :, :1].to(dtype) * k).sum(-1) / math.sqrt(q.shape[-1])  # (B, S, N+1); a product would copy k, and save it
+    row = (q[:, :, :1].to(dtype) * k).sum(-1) / math.sqrt(q.shape[-1])  # (B, S, N+1): matmul would copy k and save it
     return row.softmax(-1).mean(1, keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels cost: in time on a GPU, in bytes and in machine code anywhere. And what LCTR costs as a whole.
+"""What the Triton kernels cost: in time on a GPU, in bytes and in machine code anywhere; and what LCTR costs in all.
 
     python -m kernels.benchmark                             # on a GPU, minutes: times, GB/s, share of the roofline
     python -m kernels.benchmark --traffic                   # anywhere, a minute: exact bytes against the least
@@ -6,8 +6,8 @@
     python -m kernels.benchmark --end-to-end                # anywhere: LCTR against a plain ViT, 10 minutes on 2 cores
     each with --json FILE: the rows of its table, as a list of objects
 
-The first three run the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --traffic runs them in Triton's
-interpreter, --compile stops each launch and compiles what would have been launched for the target instead.
+The first three run the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --traffic runs them in
+Triton's interpreter, --compile stops each launch and compiles what would have been launched for the target instead.
 """
 
 import argparse
@@ -442,7 +442,7 @@ def seconds(run: Callable[[], None]) -> float:
 
 
 def paired_seconds(floor: Callable[[], None], ours: Callable[[], None], repeats: int) -> dict[str, float]:
-    """Both run in turn, in alternating order, after one run each to warm up: medians, that of the ratios pair by pair."""
+    """Both in turn, in alternating order, after one run each to warm up: medians, that of the ratios pair by pair."""
     pairs = []
     for i in range(repeats + 1):
         first = seconds(ours) if i % 2 else None
@@ -481,7 +481,7 @@ def peak_memory(work: Work, model: type[nn.Module]) -> int:
 
 def end_to_end(repeats: int = 5) -> list[dict]:
     """A row per work and per way to load data: time or peak memory of the floor and of LCTR, median of paired ratios,
-    LCTR's images a second, and the share that its matrix products reach of a large matrix product's operations a second.
+    LCTR's images a second, and its matrix products' operations a second as a share of a large matrix product's.
 
     For the loader, one process on one core, the floor decodes JPEGs at full scale.
     """
