@@ -735,3 +735,28 @@ def test_out_that_is_a_file(checkpoint, tmp_path, capsys):
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         status, _, err = run(capsys, "--checkpoint", checkpoint, "--out", out)
         assert status == 2 and f"--out: {out}" in err
+
+
+def test_the_authors_checkpoint_is_scored_from_the_command_line(tmp_path, capsys):
+    """A file in the released code's names has no classes and no data set: both come from the flags."""
+    for name in ("dots", "lines"):
+        for split in ("train", "test"):
+            (tmp_path / "set" / split / name).mkdir(parents=True)
+            Image.new("RGB", (30, 20), "green").save(tmp_path / "set" / split / name / "1.png")
+    (tmp_path / "set" / "boxes.csv").write_text("test/dots/1.png,2,3,20,15\n")
+    torch.manual_seed(0)
+    own = LCTR(2, img_size=16, patch_size=8, embed_dim=64, depth=1, num_heads=1, pool="padded").state_dict()
+    names = {"cdm.conv.": "conv3x3.", "cdm.score_avg.": "CDM._routing_fn_two.fc.",
+             "cdm.score_max.": "CDM._routing_fn_two.fc2.", "cdm.": "CDM."}
+    state = {}
+    for key, value in own.items():
+        prefix = next((prefix for prefix in names if key.startswith(prefix)), "")
+        state[names.get(prefix, "") + key.removeprefix(prefix)] = value
+    torch.save({"model": state}, tmp_path / "lctr.pth")
+    flags = ["--checkpoint", str(tmp_path / "lctr.pth"), "--out", str(tmp_path / "out")]
+    assert evaluate.main([*flags, "--data", "folder", "--root", str(tmp_path / "set")]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["n"], metrics["n_boxes"], metrics["head"], metrics["threshold"]) == (2, 1, "cdm", 0.2)
+    capsys.readouterr()
+    assert evaluate.main(flags) == 2
+    assert "--data: missing" in capsys.readouterr().err
