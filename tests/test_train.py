@@ -242,6 +242,17 @@ def kill_at(monkeypatch):
     return arm
 
 
+@pytest.mark.parametrize("flags", [["--pretrain-epochs", 0], ["--pretrain-epochs", 0, "--amp", "fp16"]], ids=str)
+def test_a_killed_run_on_pretrained_weights(tmp_path, finished, kill_at, flags):
+    """The rates of small projections were read off the file, and the loss scale grew: both come from the checkpoint."""
+    flags = [*flags, "--pretrained", finished / "best.pt", "--checkpoint-every", 1]
+    whole = run(tmp_path / "whole", *flags)
+    kill_at(3)
+    with pytest.raises(Killed):
+        run(tmp_path / "run", *flags)
+    assert_same_run(run(tmp_path / "run", "--resume", *flags), whole)
+
+
 @pytest.mark.parametrize("steps, flags", [
     ([1], []), ([3], ["--checkpoint-every", 1]), ([5], []), ([7, 1], ["--checkpoint-every", 3]), ([10, 1, 1], ["--workers", 2]),
 ])
