@@ -244,13 +244,9 @@ class Scores(NamedTuple):
         return np.array([len(boxes) > 0 for boxes in self.images["boxes"]])
 
 
-def head_of(model: LCTR) -> str:
-    return "cdm" if hasattr(model, "cdm") else "conv" if hasattr(model, "head") else "token"
-
-
 def couplings_of(model: LCTR) -> tuple[str, ...]:
     """The couplings that the model has maps for: a "token" head has no class maps."""
-    return tuple(c for c in COUPLINGS if head_of(model) != "token" or c in ATTENTION_LABELS)
+    return tuple(c for c in COUPLINGS if model.head_type != "token" or c in ATTENTION_LABELS)
 
 
 def default_coupling(model: LCTR) -> str:
@@ -305,7 +301,7 @@ def score(
     images = {key: [part[key][i] for part in parts for i in range(len(part[key]))] if isinstance(value, list)
               else np.concatenate([part[key] for part in parts])[order] for key, value in parts[0].items()}
     images = {key: [value[i] for i in order] if isinstance(value, list) else value for key, value in images.items()}
-    return Scores(head_of(model), model.img_size, couplings, thresholds, gt_class, seconds, images)
+    return Scores(model.head_type, model.img_size, couplings, thresholds, gt_class, seconds, images)
 
 
 def score_batch(
@@ -1038,7 +1034,7 @@ def evaluate(flags: argparse.Namespace) -> int:
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise ValueError(f"{path}: weights that are not finite")
         if flags.coupling and flags.coupling not in couplings_of(model):
-            raise argparse.ArgumentError(None, f"--coupling: {path} has a {head_of(model)} head, whose couplings are "
+            raise argparse.ArgumentError(None, f"--coupling: {path} has a {model.head_type} head, whose couplings are "
                                                f"{', '.join(couplings_of(model))}")
         if flags.crop and flags.crop < max(model.img_size):
             raise argparse.ArgumentError(None, f"--crop: got {flags.crop}, need at least "
@@ -1056,7 +1052,7 @@ def evaluate(flags: argparse.Namespace) -> int:
         coupling = flags.coupling or default_coupling(model)
         dataset = None if flags.images else load_split(flags, checkpoint, path, model.img_size, flags.split)
         threshold, source = choose_threshold(flags, model, checkpoint, path, coupling)
-        print(f"{path}: {coupling_label(head_of(model), coupling)} ({coupling}), threshold {threshold:g} ({source}), "
+        print(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold {threshold:g} ({source}), "
               f"on {flags.device}")
         if flags.images:
             paths = find_images(flags.images, flags.out)
