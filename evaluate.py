@@ -803,7 +803,7 @@ def report(
 
     about: what else metrics.json shall say (checkpoint, data, split, frame, where the threshold came from).
     """
-    out, device, training = Path(out), next(model.parameters()).device, model.training
+    out, training = Path(out), model.training
     out.mkdir(parents=True, exist_ok=True)
     model.eval()
     lines = (json.dumps(line) + "\n" for line in predictions(scores, coupling, threshold))

@@ -353,7 +353,8 @@ def fuse(localization: Localization, coupling: str = "relation") -> Tensor:
     if coupling.endswith("-only"):
         return attention_map[:, None].expand(B, K, -1, -1)
     if localization.class_maps is None:
-        raise ValueError(f'coupling: got {coupling!r}, a "token" head has no class maps: need "cls-only", "relation-only"')
+        raise ValueError(f'coupling: got {coupling!r}, a "token" head has no class maps: '
+                         'need "cls-only" or "relation-only"')
     class_maps = localization.class_maps.relu()
     return class_maps if coupling == "none" else class_maps * attention_map[:, None]  # Eq. 3: M^fuse
 
@@ -412,7 +413,7 @@ def load_backbone(
     model: VisionTransformer, state: dict[str, Tensor], source: str, converted: Sequence[str] = (),
     grid: tuple[int, int] | None = None,
 ) -> LoadReport:
-    """load_pretrained of a state dict in this project's names, which errors call `source`; grid: its (h, w) if known."""
+    """load_pretrained of a state dict in this project's names, which errors call `source`; grid: its (h, w)."""
     own = model.state_dict()
     backbone = [key for key in own if not key.startswith(HEADS)]
     new, ignored = ([key for key in keys if key not in backbone] for keys in (own, state))
@@ -483,7 +484,7 @@ def resize_pos_embed(pos_embed: Tensor, source: tuple[int, int] | None, grid: tu
 
 
 def resize_patches(weight: Tensor, size: int) -> Tensor:
-    """Bicubic resize of the patch convolution (D, 3, P', P') to P x P, scaled so that a plain patch keeps its embedding."""
+    """Bicubic resize of the patch convolution (D, 3, P', P') to P x P, scaled: a plain patch keeps its embedding."""
     if weight.shape[-1] == size:
         return weight
     return F.interpolate(weight, (size, size), mode="bicubic", align_corners=False) * (weight.shape[-1] / size) ** 2
@@ -633,10 +634,12 @@ def trace(model: LCTR, images: Tensor) -> list[tuple[str, str, Tensor]]:
     steps = [("", "images", images)]
     with torch.no_grad():
         tokens, maps = model.forward_features(images, "full")
-        steps += [("Eq. 4", "A_L, last block's attention", maps[-1].full), ("RPAM", "M_L^c, its class row", maps[-1].cls),
+        steps += [("Eq. 4", "A_L, last block's attention", maps[-1].full),
+                  ("RPAM", "M_L^c, its class row", maps[-1].cls),
                   ("RPAM", "M_L^r, its patch relation", maps[-1].relation), ("", "X_L, tokens", tokens)]
         found = model.localize(images)
-        steps += [("CDM", "M~_*^c, class attention map", found.cls_map), ("Eq. 5", "M_*^r, patch relation map", found.relation_map)]
+        steps += [("CDM", "M~_*^c, class attention map", found.cls_map),
+                  ("Eq. 5", "M_*^r, patch relation map", found.relation_map)]
         if model.head_type == "cdm":
             scores = model.cdm(model.on_grid(tokens[:, 1:]), found.cls_map)
             steps += [("CDM", "S_g, scores", scores), ("Eq. 6", "W_g, kernels", model.cdm.weight)]
@@ -670,7 +673,8 @@ def main() -> None:
             with Image.open(flags.image) as picture:
                 pixels = ImageOps.exif_transpose(picture).convert("RGB").resize(model.img_size[::-1], Image.BILINEAR)
             images = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
-            images = (images - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+            mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # ImageNet's
+            images = (images - mean) / std
     except (ValueError, OSError) as error:
         sys.exit(f"lctr.py: error: {error}")
     for equation, name, value in trace(model, images):
