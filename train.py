@@ -6,7 +6,8 @@
     python train.py --resume                           # goes on where the same command was stopped
 
 --data picks the defaults of all other flags (RECIPES below); --help lists them. The run folder gets config.json,
-log.jsonl, last.pt, best.pt and the evaluation's metrics.json, predictions.jsonl, gallery.png, curve.png, failures.png.
+log.jsonl, last.pt, best.pt and the evaluation's metrics.json, predictions.jsonl, gallery.png, curve.png, failures.png;
+after a pretraining phase also pretrained.pt, a backbone that --pretrained takes, to compare heads on the same one.
 
 Every random choice is a function of the seed and of what it is drawn for (phase, epoch, step, sample), so that neither
 --workers, nor a stop and --resume, nor the number of processes changes what is computed.
@@ -107,6 +108,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--drop-path", type=fraction, help="stochastic depth's rate in the last block *")
     add("--epochs", type=positive, help="*")
     add("--pretrain-epochs", type=number(int, 0, 10**9), help="epochs with a token head first *")
+    add("--palette-label", action=argparse.BooleanOptionalAction, default=True,
+        help="pretrain the synthetic birds on their body's palette besides their species (default: yes)")
     add("--batch-size", type=positive, help="images per step, over all processes *")
     add("--accumulate", type=positive, default=1, help="pieces that a batch is computed in, for small cards")
     add("--lr", type=above_zero, help="peak learning rate, never rescaled *")
@@ -443,8 +446,11 @@ def train(flags: argparse.Namespace) -> None:
         return model.to(device)
 
     if flags.pretrain_epochs and not (saved and saved["phase"] == "main"):
-        model = start("token", classes + getattr(train_set, "num_palettes", 0))
+        palettes = train_set.num_palettes if flags.data == "synthetic" and flags.palette_label else 0
+        model = start("token", classes + palettes)
         fit(model, "pretrain", train_set, None, config, saved)
+        if process()[0] == 0:
+            evaluate.write_atomic(out / "pretrained.pt", lambda file: file.write((out / "last.pt").read_bytes()))
         backbone, saved = model.state_dict(), None
     model = start(flags.head, classes)
     fit(model, "main", train_set, val_set, config, saved)
