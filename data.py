@@ -165,7 +165,7 @@ def _spread(n: int, limit: int | None) -> Sequence[int]:
 BIRDS = {"train": 12_000, "val": 600, "test": 1000}
 BIRD_STREAMS = {"train": 1, "val": 2, "test": 3}            # first word of each drawing's seed: splits share no bird
 HUES = {"red": (0.0, 0.85, 0.85), "yellow": (0.14, 0.9, 0.95), "blue": (0.6, 0.85, 0.85)}                      # HSV
-MARKS = ("cap", "ring", "bars")
+MARKS = ("cap", "ring", "bib")
 SPECIES = [f"{hue}-{mark}" for mark in MARKS for hue in HUES]
 DECOYS = [*HUES.values(), (0.83, 0.65, 0.85), (0.36, 0.8, 0.65), (0.0, 0.0, 0.97)]
 PALETTES = [(0.07, 0.55, 0.45), (0.10, 0.35, 0.70), (0.58, 0.25, 0.50), (0.22, 0.35, 0.45), (0.0, 0.0, 0.35),
@@ -335,9 +335,7 @@ def _bird(u, label, palette):
         disc(dark, x, y, 0.66 * r)
         disc(hue, x, y, 0.34 * r)
     else:
-        for middle in (-0.45, 0.3):
-            a, b, half = x + (middle - 0.14) * r, x + (middle + 0.14) * r, math.sqrt(1 - (abs(middle) + 0.12) ** 2) * r
-            add(dark, (a, y - half), (b, y - half), (b, y + half), (a, y + half))
+        add((240, 236, 222), _turned(CIRCLE, x, y, r, r)[1:14])
     if mark != "ring":                                                          # the ring is an eye itself
         disc((250, 250, 250), x + 0.02 * r, y + 0.12 * r, 0.16 * r)
         disc((0, 0, 0), x + 0.04 * r, y + 0.12 * r, 0.08 * r)
