@@ -1,18 +1,19 @@
 """LCTR: Local Continuity Transformer for weakly supervised object localisation (Chen et al., AAAI 2022), in one file.
 
 Reading order is the paper's: tokens (Eq. 1), attention and its two maps (Eq. 4, RPAM, Eq. 5), the cue digging module
-(Eq. 6), the localisation map (Eq. 3), and last how weights are loaded. Shapes are written with the paper's symbols:
+(CDM, Eq. 6), classification (Eq. 2), the localisation map (Eq. 3). Then come localize() step by step, which
+`python lctr.py` prints, and how weights are loaded. Shapes are written with the paper's symbols:
 
-    B images    h x w = N patches (row-major), N+1 tokens with the class token first
+    B images of H x W    h x w = N patches of P x P (row-major), T = N+1 tokens with the class token first
     D embed_dim    S num_heads    L depth    C classes    G kernels of size k x k    K asked classes
 
-Whatever costs time goes through `kernels`: Triton on CUDA, torch elsewhere, each beside a naive twin.
+Attention and Eq. 6 run through the package `kernels`: Triton on CUDA, torch elsewhere, the same numbers.
 """
 
 import argparse
+import contextlib
 import json
 import math
-import operator
 import os
 import sys
 from collections.abc import Sequence
@@ -34,10 +35,10 @@ COUPLINGS = ("none", "cls", "relation", "cls-only", "relation-only")
 
 
 class AttentionMaps(NamedTuple):
-    """What one block's attention tells; None where it was not asked for."""
+    """What RPAM reads off one block's attention, with A'_l (B, N+1, N+1) the head mean of A_l; None: not asked for."""
 
-    cls: Tensor  # M_l^c (B, N+1): the class token's row of A_l, head mean
-    relation: Tensor | None  # M_l^r (B, N): all rows of A_l's patch columns, weighted by M_l^c, head and row mean
+    cls: Tensor  # M_l^c (B, N+1): A'_l[0], the class token's row
+    relation: Tensor | None  # M_l^r (B, N): 1/(N+1) sum_i M_l^c[i] A'_l[i, 1+j] over all N+1 rows i, for patch j
     full: Tensor | None  # A_l (B, S, N+1, N+1)
 
 
@@ -53,7 +54,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that returns its maps as data."""
+    """Multi-head self-attention (Eq. 4) that returns its maps as data."""
 
     def __init__(self, embed_dim: int, num_heads: int):
         super().__init__()
@@ -62,20 +63,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x: Tensor, attention: str) -> tuple[Tensor, AttentionMaps]:
+        """x (B, N+1, D) -> the same shape, and its maps; attention: see VisionTransformer.forward_features."""
         B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)  # (B, N+1, 3, S, D/S)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, S, N+1, D/S)
         if attention == "full":
-            attn = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
-            out = attn @ v
-            maps = AttentionMaps(*kernels.aggregate_attention(attn), attn)
-        else:
+            attn = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
+            out = attn @ v  # (B, S, N+1, D/S)
+            maps = AttentionMaps(*kernels.aggregate_attention(attn), attn)  # RPAM from A_l
+        else:  # the same from q and k, A_l never held
             out, cls_attn, relation = kernels.attention(q, k, v, relation=attention == "relation")
             maps = AttentionMaps(cls_attn, relation, None)
-        return self.proj(out.transpose(1, 2).reshape(B, T, D)), maps
+        return self.proj(out.transpose(1, 2).reshape(B, T, D)), maps  # (B, N+1, S, D/S) -> (B, N+1, D)
 
 
 class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between, for each token alone: (B, N+1, D) -> (B, N+1, D)."""
+
     def __init__(self, embed_dim: int, hidden_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(embed_dim, hidden_dim)
@@ -98,13 +102,13 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attention: str, keep: Tensor | None) -> tuple[Tensor, AttentionMaps]:
         """x (B, N+1, D); keep (B, 2) scales each image's two residual branches (stochastic depth), None for neither."""
         update, maps = self.attn(self.norm1(x), attention)
-        x = x + (update if keep is None else update * keep[:, 0, None, None])
+        x = x + (update if keep is None else update * keep[:, 0, None, None])  # times (B, 1, 1)
         update = self.mlp(self.norm2(x))
         return x + (update if keep is None else update * keep[:, 1, None, None]), maps
 
 
 class VisionTransformer(nn.Module):
-    """A ViT / DeiT whose blocks return their attention. Parameter names are timm's.
+    """A ViT / DeiT whose blocks return their attention maps. Parameter names are timm's.
 
     img_size: int or (height, width) in pixels, a multiple of patch_size. drop_path: stochastic depth's rate in the last
     block, growing linearly from 0 in the first. Raises ValueError for sizes that do not divide.
@@ -143,23 +147,26 @@ class VisionTransformer(nn.Module):
     ) -> tuple[Tensor, list[AttentionMaps]]:
         """images (B, 3, H, W), ImageNet-normalised -> tokens X_L (B, N+1, D) after the final norm, L AttentionMaps.
 
-        attention: "cls" gives M^c alone; "relation" M^c and M^r for inference, never holding A; "full" A and both maps.
+        attention: "cls" gives M_l^c alone; "relation" M_l^c and M_l^r, for inference, A_l never held; "full" all three.
         depth_noise: uniform numbers (B, L, 2) that decide which residual branches stochastic depth drops in training;
-        drawn here where not given. Raises ValueError for images of another size.
+        drawn here where not given. Raises ValueError for images of another size or another word for attention.
         """
         if images.shape[1:] != (3, *self.img_size):
             raise ValueError("images: got shape %s, need (B, 3, %d, %d)" % (tuple(images.shape), *self.img_size))
         if attention not in ("cls", "relation", "full"):
             raise ValueError(f'attention: got {attention!r}, need "cls", "relation" or "full"')
-        B = len(images)
-        x = torch.cat([self.cls_token.expand(B, -1, -1), self.patch_embed(images)], 1)  # (B, N+1, D)
-        x = x + self.pos_embed  # Eq. 1: X_1 (B, N+1, D)
-        keep = self.stochastic_depth(B, depth_noise)  # (B, L, 2) or None
+        x = self.embed(images)  # Eq. 1: X_1 (B, N+1, D)
+        keep = self.stochastic_depth(len(x), depth_noise)  # (B, L, 2) or None
         maps = []
         for i, block in enumerate(self.blocks):
             x, block_maps = block(x, attention, None if keep is None else keep[:, i])
             maps.append(block_maps)
         return self.norm(x), maps
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Eq. 1: images (B, 3, H, W) -> X_1 = [x_cls; F(x_p^1); ...; F(x_p^N)] + P (B, N+1, D)."""
+        cls_token = self.cls_token.expand(len(images), -1, -1)  # (1, 1, D) -> (B, 1, D)
+        return torch.cat([cls_token, self.patch_embed(images)], 1) + self.pos_embed
 
     def stochastic_depth(self, batch: int, noise: Tensor | None) -> Tensor | None:
         """(B, L, 2): 0 where an image's residual branch is dropped, else 1 / P(kept); None where nothing ever is."""
@@ -186,11 +193,12 @@ def init_linear(module: nn.Module) -> None:
 
 
 class CDM(nn.Module):
-    """Cue digging module: G kernels mixed by how much each image's un-attended features call for them (Eq. 6).
+    """Cue digging module: holds G kernels W_g^e and scores them, image by image, by what the class token leaves over.
 
+    LCTR convolves X_L with their mixture sum_g S_g W_g^e (Eq. 6).
     scorer (Table 5): which pool of the cues feeds which linear layer. "gap", "gmp": that pool alone; "shared": one
     layer on their sum; "separate", the paper's: a layer for each, added.
-    erase: "raw" reverses M~c as it is (about 1/N, so little is erased); "minmax" stretches it to [0, 1] per image.
+    erase: "raw" reverses M~_*^c as it is (about 1/N, so little is erased); "minmax" stretches it to [0, 1] per image.
     """
 
     def __init__(self, embed_dim: int, num_classes: int, num_kernels: int, kernel_size: int, scorer: str, erase: str):
@@ -209,12 +217,20 @@ class CDM(nn.Module):
         for kernel in self.weight:  # one by one: each convolution's own fan-in is D * k * k
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
-    def forward(self, features: Tensor, cls_map: Tensor) -> Tensor:
-        """features X_L (B, D, h, w), cls_map M~c (B, h, w) -> scores S_g (B, G) in (0, 1)."""
+    def reverse(self, cls_map: Tensor) -> Tensor:
+        """M~_*^c (B, h, w) -> 1 - M~_*^c (B, h, w), which erases what is attended."""
         if self.erase == "minmax":
             low, high = cls_map.amin((1, 2), True), cls_map.amax((1, 2), True)  # (B, 1, 1)
             cls_map = (cls_map - low) / (high - low).clamp_min(torch.finfo(cls_map.dtype).tiny)
-        cues = self.conv(features * (1 - cls_map)[:, None])  # X~_L (B, D, h, w)
+        return 1 - cls_map
+
+    def cues(self, features: Tensor, cls_map: Tensor) -> Tensor:
+        """X_L (B, D, h, w), M~_*^c (B, h, w) -> X~_L (B, D, h, w)."""
+        return self.conv(features * self.reverse(cls_map)[:, None])  # times (B, 1, h, w)
+
+    def forward(self, features: Tensor, cls_map: Tensor) -> Tensor:
+        """X_L (B, D, h, w), M~_*^c (B, h, w) -> scores S_g (B, G) in (0, 1)."""
+        cues = self.cues(features, cls_map)  # X~_L (B, D, h, w)
         gap, gmp = cues.mean((2, 3)), cues.amax((2, 3))  # (B, D)
         if self.scorer == "gap":
             return self.score_avg(gap).sigmoid()
@@ -243,8 +259,8 @@ class LCTR(VisionTransformer):
 
     head: "cdm" is LCTR; "conv" is the TS-CAM baseline, one static convolution; "token" is plain DeiT, a linear layer
     on the class token, without class maps. pool: "gap" is the paper's; "padded" averages class maps over 3 x 3 places
-    first, as the released code does. num_kernels: Table 6; kernel_size, 1 or 3: Table 7; scorer, erase: see CDM.
-    Raises ValueError for a switch that does not exist or sizes that do not divide.
+    (zeros outside) first, as the released code does. num_kernels: Table 6; kernel_size, 1 or 3: Table 7; scorer,
+    erase: see CDM. Raises ValueError for a switch that does not exist or sizes that do not divide.
     """
 
     def __init__(
@@ -287,25 +303,29 @@ class LCTR(VisionTransformer):
     def forward(self, images: Tensor, depth_noise: Tensor | None = None) -> Tensor:
         """images (B, 3, H, W) -> logits (B, C), whose cross-entropy is Eq. 2. depth_noise: see forward_features."""
         tokens, maps = self.forward_features(images, "cls", depth_noise)
-        return self.classify(tokens, self.on_grid(mean_over_blocks(maps, "cls")[:, 1:]))[0]
+        cls_map = self.on_grid(mean_over_blocks(maps, "cls")[:, 1:])  # M~_*^c (B, h, w)
+        return self.classify(tokens, cls_map)[0]
 
     def classify(self, tokens: Tensor, cls_map: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """X_L (B, N+1, D), M~c (B, h, w) -> logits (B, C) and the operands of Eq. 6, None for a token head."""
+        """X_L (B, N+1, D), M~_*^c (B, h, w) -> logits (B, C) and what Eq. 6 convolves; None on a "token" head.
+
+        That is X_L (B, D, h, w), scores S_g (B, G), kernels W_g^e (G, C, D, k, k), and a bias (C) that no score weighs.
+        """
         if self.head_type == "token":
-            return self.classifier(tokens[:, 0]), None
-        features = self.on_grid(tokens[:, 1:])  # (B, D, h, w)
+            return self.classifier(tokens[:, 0]), None  # (B, D) -> (B, C)
+        features = self.on_grid(tokens[:, 1:])  # X_L (B, D, h, w)
         if self.head_type == "cdm":
             operands = features, self.cdm(features, cls_map), self.cdm.weight, self.cdm.bias
         else:  # a static convolution is Eq. 6 with one kernel, scored 1
             operands = features, features.new_ones(len(features), 1), self.head.weight[None], self.head.bias
-        return kernels.dynamic_conv_logits(*operands, self.pool), operands
+        return kernels.dynamic_conv_logits(*operands, self.pool), operands  # GAP of Eq. 6, X_CDM never computed
 
     @torch.no_grad()
     def localize(self, images: Tensor, classes: Tensor | str | None = None) -> Localization:
         """images (B, 3, H, W) -> logits and the maps that localise (the paper's "During testing").
 
         classes: (B, K) ids of the classes whose maps are computed, -1 for the predicted class; None for the predicted
-        class alone, K = 1; "all" for all C.
+        class alone, K = 1; "all" for all C. Raises ValueError for another word.
         """
         if isinstance(classes, str) and classes != "all":
             raise ValueError(f'classes: got {classes!r}, need class ids (B, K), None or "all"')
@@ -320,13 +340,13 @@ class LCTR(VisionTransformer):
         elif every_class:
             classes = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
         else:
-            classes = torch.where(classes < 0, predicted, classes)
+            classes = torch.where(classes < 0, predicted, classes)  # (B, K)
         if operands is None:
             class_maps = None
         elif every_class:
-            class_maps = kernels.dynamic_conv2d(*operands)
+            class_maps = kernels.dynamic_conv2d(*operands)  # Eq. 6: X_CDM (B, C, h, w)
         else:
-            class_maps = kernels.class_maps(*operands, classes)
+            class_maps = kernels.class_maps(*operands, classes)  # Eq. 6 at the asked classes: M_CDM (B, K, h, w)
         return Localization(logits, classes, class_maps, cls_map, relation_map)
 
     def on_grid(self, patches: Tensor) -> Tensor:
@@ -335,15 +355,16 @@ class LCTR(VisionTransformer):
 
 
 def mean_over_blocks(maps: list[AttentionMaps], name: str) -> Tensor:
-    """(1/L) sum_l M_l of Eq. 5, for M^c ("cls") or M^r ("relation")."""
+    """(1/L) sum_l M_l of Eq. 5: of M_l^c (B, N+1) for "cls", of M_l^r (B, N) for "relation"."""
     return torch.stack([getattr(block, name) for block in maps]).mean(0)
 
 
 def fuse(localization: Localization, coupling: str = "relation") -> Tensor:
     """Localisation maps (B, K, h, w) of localize()'s K classes, before resizing and thresholds.
 
-    "relation": ReLU(class map) * M^r, LCTR's Eq. 3. "cls": ReLU(class map) * M~c, TS-CAM's. "none": ReLU(class map),
-    CAM's. "relation-only", "cls-only": the attention map alone, the same for every class.
+    "relation": ReLU(M_CDM) * M_*^r, Eq. 3 with the released code's ReLU. "cls": ReLU(M_CDM) * M~_*^c.
+    "none": ReLU(M_CDM). On a "cdm" head these are LCTR, CDM and its class map; on "conv" TS-CAM + RPAM, TS-CAM and CAM.
+    "relation-only", "cls-only": the attention map alone, the same for every class.
     Raises ValueError for another coupling, and where a "token" head has no class maps.
     """
     if coupling not in COUPLINGS:
@@ -351,168 +372,62 @@ def fuse(localization: Localization, coupling: str = "relation") -> Tensor:
     B, K = localization.classes.shape
     attention_map = localization.relation_map if coupling.startswith("relation") else localization.cls_map
     if coupling.endswith("-only"):
-        return attention_map[:, None].expand(B, K, -1, -1)
+        return attention_map[:, None].expand(B, K, -1, -1)  # (B, 1, h, w) -> (B, K, h, w)
     if localization.class_maps is None:
         raise ValueError(f'coupling: got {coupling!r}, a "token" head has no class maps: '
                          'need "cls-only" or "relation-only"')
-    class_maps = localization.class_maps.relu()
+    class_maps = localization.class_maps.relu()  # (B, K, h, w)
     return class_maps if coupling == "none" else class_maps * attention_map[:, None]  # Eq. 3: M^fuse
 
 
-# ---------------------------------------------------------------- weights from files
+# ---------------------------------------------------------------- localize, step by step
+
+
+@torch.no_grad()
+def trace(model: LCTR, images: Tensor) -> list[tuple[str, str, str, Tensor]]:
+    """What localize() computes for images (B, 3, H, W), step by step: (equation, the paper's name, shape, value)."""
+    tokens, maps = model.forward_features(images, "full")
+    found = model.localize(images)
+    _, operands = model.classify(tokens, found.cls_map)
+    steps = [
+        ("", "images", "(B, 3, H, W)", images),
+        ("Eq. 1", "X_1: class token, patches, positions", "(B, N+1, D)", model.embed(images)),
+        ("Eq. 4", "A_L: the last block's attention", "(B, S, N+1, N+1)", maps[-1].full),
+        ("RPAM", "M_L^c: its class row, head mean", "(B, N+1)", maps[-1].cls),
+        ("RPAM", "M_L^r: its rows, weighted by M_L^c", "(B, N)", maps[-1].relation),
+        ("Eq. 5", "M_*^r: patch relation map", "(B, h, w)", found.relation_map),
+        ("CDM", "M~_*^c: class-token attention map", "(B, h, w)", found.cls_map),
+        ("", "X_L: tokens after the final norm", "(B, N+1, D)", tokens),
+    ]
+    if operands is not None:
+        features, scores, weight, _ = operands
+        if model.head_type == "cdm":
+            steps += [("CDM", "1 - M~_*^c: reversed", "(B, h, w)", model.cdm.reverse(found.cls_map)),
+                      ("CDM", "X~_L: cues", "(B, D, h, w)", model.cdm.cues(features, found.cls_map)),
+                      ("CDM", "S_g: scores", "(B, G)", scores)]
+        mixed = torch.einsum("bg,gcduv->bcduv", scores, weight)
+        steps += [("Eq. 6", "W_g^e: kernels", "(G, C, D, k, k)", weight),
+                  ("Eq. 6", "sum_g S_g W_g^e: the image's kernel", "(B, C, D, k, k)", mixed),
+                  ("Eq. 6", "X_CDM: class maps", "(B, C, h, w)", kernels.dynamic_conv2d(*operands))]
+    steps += [("Eq. 2", "logits", "(B, C)", found.logits),
+              ("Eq. 2", "p: their softmax", "(B, C)", found.logits.softmax(1))]
+    if operands is not None:
+        steps += [("Eq. 3", "M_CDM: the predicted class's map", "(B, 1, h, w)", found.class_maps),
+                  ("Eq. 3", "M^fuse: ReLU(M_CDM) * M_*^r", "(B, 1, h, w)", fuse(found))]
+    return steps
+
+
+# ---------------------------------------------------------------- weights: reading files
 
 DEIT_FILES = {  # torch.hub checks the hash that the name carries
     name: f"https://dl.fbaipublicfiles.com/deit/{name}_patch16_224-{digest}.pth"
     for name, digest in (("deit_tiny", "a1311bcf"), ("deit_small", "cd65a155"), ("deit_base", "b5f2ef4d"))
 }
-AUTHORS_NAMES = {  # the released LCTR code's -> ours
-    "conv3x3.": "cdm.conv.",
-    "CDM._routing_fn_two.fc.": "cdm.score_avg.",
-    "CDM._routing_fn_two.fc2.": "cdm.score_max.",
-    "CDM.": "cdm.",
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }
-HEADS = ("cdm.", "head.", "classifier.")
-MODEL_FLAGS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path", "head", "num_kernels",
-               "kernel_size", "scorer", "erase", "pool")
-
-
-class LoadReport(NamedTuple):
-    """What load_pretrained did: parameters taken as they are, resized, converted from another convention, left new; and
-    what it ignored in the file."""
-
-    loaded: list[str]
-    resized: list[str]
-    converted: list[str]
-    new: list[str]
-    ignored: list[str]
-
-    def __str__(self) -> str:
-        return "\n".join(f"  {name:9} {len(keys):3}  {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
-                         for name, keys in self._asdict().items() if keys)
-
-
-def load_pretrained(model: VisionTransformer, path: str) -> LoadReport:
-    """Loads a backbone from a file of weights, in any float dtype; heads stay new.
-
-    path: a .safetensors or torch file of a timm ViT or DeiT (distilled ones too), DINOv2, TS-CAM, the released LCTR or
-    this project, or deit_tiny, deit_small, deit_base, which torch.hub downloads once. A LayerScale is folded into the
-    projections, a distillation token dropped; pos_embed and the patch convolution are resized bicubically.
-    Raises ValueError, naming the file, where it cannot be read or downloaded, where a parameter has another shape
-    (named) or is not finite, and where nothing of the backbone matches.
-    """
-    content = read_weights(path)
-    state, converted = to_own_names(content.get("model", content.get("state_dict", content)), path)
-    config = content.get("config")
-    grid = None
-    if isinstance(config, dict) and "img_size" in config:  # this project's: the grid need not be square
-        grid = tuple(side // config["patch_size"] for side in two_sides(config["img_size"]))
-    return load_backbone(model, state, path, converted, grid)
-
-
-def load_backbone(
-    model: VisionTransformer, state: dict[str, Tensor], source: str, converted: Sequence[str] = (),
-    grid: tuple[int, int] | None = None,
-) -> LoadReport:
-    """load_pretrained of a state dict in this project's names, which errors call `source`; grid: its (h, w)."""
-    own = model.state_dict()
-    backbone = [key for key in own if not key.startswith(HEADS)]
-    new, ignored = ([key for key in keys if key not in backbone] for keys in (own, state))
-    report = LoadReport([], [], [], new, ignored)
-    if not set(backbone) & set(state):
-        raise ValueError(f"{source}: no parameter of a ViT's backbone (cls_token, blocks.0.attn.qkv.weight, ...) in it: "
-                         f"looks like {describe(state)}")
-    update = {}
-    for key in backbone:
-        if key not in state:
-            report.new.append(key)
-            continue
-        value = state[key].float()
-        need = own[key].shape
-        if key == "pos_embed" and value.shape != need:
-            value = resize_pos_embed(value, grid, model.grid)
-        elif key == "patch_embed.proj.weight" and value.ndim == 4 and value.shape[:2] == need[:2]:
-            value = resize_patches(value, need[-1])
-        if value.shape != need:
-            raise ValueError(f"{source}: {key}: found shape {tuple(state[key].shape)}, need {tuple(need)}: "
-                             f"looks like {describe(state)}")
-        if value.shape != state[key].shape:
-            report.resized.append(key)
-        else:
-            (report.converted if key in converted else report.loaded).append(key)
-        update[key] = value
-    model.load_state_dict(update, strict=False)
-    return report
-
-
-def to_own_names(state: dict, source: str) -> tuple[dict[str, Tensor], list[str]]:
-    """A foreign state dict in this project's names and conventions, and which of its parameters that changed."""
-    if not isinstance(state, dict):
-        raise ValueError(f"{source}: found a {type(state).__name__}, need a state dict")
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.isfinite().all():
-            raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
-    own, converted = {}, []
-    for key, value in state.items():
-        key = key.removeprefix("module.")  # nn.DataParallel's
-        for foreign, name in AUTHORS_NAMES.items():
-            if key.startswith(foreign):
-                key = name + key.removeprefix(foreign)
-                converted.append(key)
-                break
-        own[key] = value
-    if "dist_token" in own and own.get("pos_embed", value).ndim == 3:  # its place is after the class token's
-        own["pos_embed"] = torch.cat([own["pos_embed"][:, :1], own["pos_embed"][:, 2:]], 1)
-        converted.append("pos_embed")
-    for key in [key for key in own if key.endswith((".ls1.gamma", ".ls2.gamma"))]:  # x + gamma * (W x + b)
-        gamma = own.pop(key).float()
-        linear = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        for name, scale in ((f"{linear}.weight", gamma[:, None]), (f"{linear}.bias", gamma)):
-            own[name] = own[name].float() * scale
-            converted.append(name)
-    return own, converted
-
-
-def resize_pos_embed(pos_embed: Tensor, source: tuple[int, int] | None, grid: tuple[int, int]) -> Tensor:
-    """Bicubic resize of the patch part of (1, 1 + h'*w', D) from grid (h', w') to (h, w) -> (1, 1 + h*w, D)."""
-    if source is None:
-        source = (math.isqrt(pos_embed.shape[1] - 1),) * 2
-    if pos_embed.ndim != 3 or source[0] * source[1] != pos_embed.shape[1] - 1:
-        return pos_embed
-    patches = pos_embed[:, 1:].mT.unflatten(2, source)  # (1, D, h', w')
-    patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)  # (1, D, h, w)
-    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT], 1)
-
-
-def resize_patches(weight: Tensor, size: int) -> Tensor:
-    """Bicubic resize of the patch convolution (D, 3, P', P') to P x P, scaled: a plain patch keeps its embedding."""
-    if weight.shape[-1] == size:
-        return weight
-    return F.interpolate(weight, (size, size), mode="bicubic", align_corners=False) * (weight.shape[-1] / size) ** 2
-
-
-def describe(state: dict) -> str:
-    """What a state dict looks like, in a few words."""
-    for key, name in (("relative_position_bias_table", "a Swin transformer"), ("layer1.0.conv1", "a ResNet"),
-                      ("features.0.weight", "a VGG"), ("stages.0", "a ConvNeXt")):
-        if any(key in own for own in state):
-            return name
-    try:
-        a = architecture(state)
-    except (KeyError, IndexError, AttributeError):
-        return f"none of ours ({', '.join(map(str, list(state)[:3])) or 'empty'}{', ...' if len(state) > 3 else ''})"
-    known = [name for name, sizes in ARCHITECTURES.items() if sizes == (a["embed_dim"], a["depth"], a["num_heads"])]
-    return (f"a ViT of width {a['embed_dim']}, {a['depth']} blocks, patch {a['patch_size']}"
-            + "".join(f" (--arch {name})" for name in known))
-
-
-def architecture(state: dict[str, Tensor]) -> dict:
-    """LCTR's sizes, read off the shapes of a ViT's parameters; heads are 64 wide, as in every DeiT."""
-    embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
-    return dict(
-        patch_size=patch_size, embed_dim=embed_dim, num_heads=max(1, embed_dim // 64),
-        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
-        img_size=patch_size * math.isqrt(state["pos_embed"].shape[1] - 1),
-    )
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)  # alien content's errors
 
 
 def read_weights(path: str) -> dict:
@@ -535,43 +450,200 @@ def read_weights(path: str) -> dict:
 
 
 def download(name: str) -> dict:
-    """The state dict of an official DeiT file, from torch.hub's cache where it lies there."""
+    """The state dict of an official DeiT file, from torch.hub's cache where it lies there. Raises ValueError."""
     url, folder = DEIT_FILES[name], os.path.join(torch.hub.get_dir(), "checkpoints")
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:  # no network, no disk; a wrong hash
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name}: cannot download {url} ({reason}): put that file into {folder}, "
+        raise ValueError(f"{name}: cannot download {url} ({last_line(error)}): put that file into {folder}, "
                          "or give the path of one") from None
 
 
-SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-                      "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-                      "BOOL": torch.bool}
-
-
 def read_safetensors(path: str) -> dict[str, Tensor]:
-    """A .safetensors file: its header's length (8 bytes, little-endian), a JSON header, raw tensors; else ValueError."""
-    with open(path, "rb") as file:
-        content = bytearray(file.read())
-    length = int.from_bytes(content[:8], "little")
+    """A .safetensors file: its header's length (8 bytes, little-endian), a JSON header, raw tensors; or ValueError."""
+    content = np.fromfile(path, np.uint8)
+    length = int.from_bytes(content[:8].tobytes(), "little")
     if not 2 <= length <= len(content) - 8:
         raise ValueError(f"its header claims {length} bytes, the file has {len(content)}")
+    data, tensors = torch.from_numpy(content[8 + length:]), {}
     try:
-        header = json.loads(content[8:8 + length])
+        header = json.loads(content[8:8 + length].tobytes())
         header.pop("__metadata__", None)
-        entries = [(key, SAFETENSORS_DTYPES[entry["dtype"]], [operator.index(n) for n in entry["shape"]],
-                    *(operator.index(n) for n in entry["data_offsets"])) for key, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its header is not a safetensors header ({type(error).__name__}: {error})") from None
-    data, tensors = memoryview(content)[8 + length:], {}
-    for key, dtype, shape, start, end in entries:
-        size = math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or not 0 <= start <= end <= len(data) or end - start != size:
-            raise ValueError(f"{key}: {dtype} of shape {shape} does not fit bytes {start} to {end} of {len(data)}")
-        raw = torch.frombuffer(data[start:end], dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
-        tensors[key] = raw.clone().view(dtype).view(shape)  # clone: offsets need not be aligned
+        for key, entry in header.items():
+            dtype, shape, (start, end) = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if not 0 <= start <= end <= len(data) or end - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{key}: {dtype} of shape {shape} does not fit bytes {start} to {end} of {len(data)}")
+            tensors[key] = data[start:end].clone().view(dtype).view(shape)  # clone: offsets need not be aligned
+    except MISFITS as error:
+        raise ValueError(f"not a safetensors header ({type(error).__name__}: {last_line(error)})") from None
     return tensors
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error's message, where torch says what was wrong."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+# ---------------------------------------------------------------- weights: a foreign backbone
+
+AUTHORS_NAMES = {  # the released LCTR code's -> ours
+    "conv3x3.": "cdm.conv.",
+    "CDM._routing_fn_two.fc.": "cdm.score_avg.",
+    "CDM._routing_fn_two.fc2.": "cdm.score_max.",
+    "CDM.": "cdm.",
+}
+HEADS = ("cdm.", "head.", "classifier.")
+
+
+class LoadReport(NamedTuple):
+    """What load_pretrained did: parameters taken as they are, resized, converted from another convention, left new; and
+    what it ignored in the file."""
+
+    loaded: list[str]
+    resized: list[str]
+    converted: list[str]
+    new: list[str]
+    ignored: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join(f"  {name:9} {len(keys):3}  {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+                         for name, keys in self._asdict().items() if keys)
+
+
+def to_own_names(content: dict, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a file's content, under this project's names, and the names of those it had to convert.
+
+    Raises ValueError, naming the source, for what is no state dict of finite tensors that fit each other.
+    """
+    state = content.get("model", content.get("state_dict", content))
+    if not isinstance(state, dict):
+        raise ValueError(f"{source}: found a {type(state).__name__}, need a state dict")
+    own, converted = {}, []
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.isfinite().all():
+            raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
+        key = key.removeprefix("module.")  # nn.DataParallel's
+        for foreign, name in AUTHORS_NAMES.items():
+            if key.startswith(foreign):
+                key = name + key.removeprefix(foreign)
+                break
+        own[key] = value
+    try:
+        if "dist_token" in own:  # a distilled DeiT's: its position comes after the class token's
+            own["pos_embed"] = torch.cat([own["pos_embed"][:, :1], own["pos_embed"][:, 2:]], 1)  # (1, 1 + h'*w', D)
+            converted.append("pos_embed")
+        for key in [key for key in own if key.endswith((".ls1.gamma", ".ls2.gamma"))]:
+            gamma = own.pop(key).float()  # (D), LayerScale's: x + gamma * (W x + b)
+            linear = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+            for name, scale in ((f"{linear}.weight", gamma[:, None]), (f"{linear}.bias", gamma)):
+                own[name] = own[name].float() * scale
+                converted.append(name)
+    except MISFITS as error:
+        raise ValueError(f"{source}: its distillation token or LayerScale does not fit its other parameters "
+                         f"({last_line(error)})") from None
+    return own, converted
+
+
+def architecture(state: dict[str, Tensor]) -> dict:
+    """LCTR's sizes, read off the shapes of a ViT's parameters; heads are 64 wide, as in every DeiT."""
+    embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
+    return dict(
+        patch_size=patch_size, embed_dim=embed_dim, num_heads=max(1, embed_dim // 64),
+        depth=1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks.")),
+        img_size=patch_size * math.isqrt(state["pos_embed"].shape[1] - 1),
+    )
+
+
+def describe(state: dict[str, Tensor]) -> str:
+    """What a state dict looks like, in a few words."""
+    for key, name in (("relative_position_bias_table", "a Swin transformer"), ("layer1.0.conv1", "a ResNet"),
+                      ("features.0.weight", "a VGG"), ("stages.0", "a ConvNeXt")):
+        if any(key in own for own in state):
+            return name
+    try:
+        a = architecture(state)
+    except MISFITS:
+        return f"none of ours ({', '.join(list(state)[:3]) or 'empty'}{', ...' if len(state) > 3 else ''})"
+    known = [name for name, sizes in ARCHITECTURES.items() if sizes == (a["embed_dim"], a["depth"], a["num_heads"])]
+    return (f"a ViT of width {a['embed_dim']}, {a['depth']} blocks, patch {a['patch_size']}"
+            + "".join(f" (--arch {name})" for name in known))
+
+
+def resize_pos_embed(pos_embed: Tensor, source: tuple[int, int] | None, grid: tuple[int, int]) -> Tensor:
+    """Bicubic resize of the patch part of (1, 1 + h'*w', D) from grid (h', w') to (h, w) -> (1, 1 + h*w, D).
+
+    source: (h', w'); None for the same grid where the number of patches is the same, else a square one.
+    """
+    patches = pos_embed[:, 1:].mT  # (1, D, h'*w')
+    N = patches.shape[2]
+    source = source or (grid if N == math.prod(grid) else (math.isqrt(N),) * 2)
+    if source == grid:
+        return pos_embed
+    patches = patches.unflatten(2, source)  # (1, D, h', w')
+    patches = F.interpolate(patches, grid, mode="bicubic", align_corners=False)  # (1, D, h, w)
+    return torch.cat([pos_embed[:, :1], patches.flatten(2).mT], 1)  # (1, 1 + h*w, D)
+
+
+def resize_patches(weight: Tensor, size: int) -> Tensor:
+    """Bicubic resize of the patch convolution (D, 3, P', P') to P x P, scaled: a plain patch keeps its embedding."""
+    if weight.shape[-1] == size:
+        return weight
+    return F.interpolate(weight, (size, size), mode="bicubic", align_corners=False) * (weight.shape[-1] / size) ** 2
+
+
+def load_backbone(
+    model: VisionTransformer, state: dict[str, Tensor], source: str, converted: Sequence[str] = (),
+    grid: tuple[int, int] | None = None,
+) -> LoadReport:
+    """load_pretrained of a state dict in this project's names, which errors call `source`; grid: its (h', w')."""
+    own = model.state_dict()
+    backbone = [key for key in own if not key.startswith(HEADS)]
+    if not set(backbone) & set(state):
+        raise ValueError(f"{source}: no parameter of a ViT's backbone (cls_token, blocks.0.attn.qkv.weight, ...): "
+                         f"looks like {describe(state)}")
+    update, report = {}, LoadReport([], [], [], [], [key for key in state if key not in backbone])
+    for key, before in own.items():
+        if key not in backbone or key not in state:
+            report.new.append(key)
+            continue
+        found = value = state[key].float()
+        with contextlib.suppress(*MISFITS):  # no grid, no patches: its shape is named below
+            if key == "pos_embed":
+                value = resize_pos_embed(found, grid, model.grid)
+            elif key == "patch_embed.proj.weight":
+                value = resize_patches(found, before.shape[-1])
+        if value.shape != before.shape:
+            raise ValueError(f"{source}: {key}: found shape {tuple(found.shape)}, need {tuple(before.shape)}: "
+                             f"looks like {describe(state)}")
+        kind = report.resized if value is not found else report.converted if key in converted else report.loaded
+        kind.append(key)
+        update[key] = value
+    model.load_state_dict(update, strict=False)
+    return report
+
+
+def load_pretrained(model: VisionTransformer, path: str) -> LoadReport:
+    """Loads a backbone from a file of weights, in any float dtype; heads stay new.
+
+    path: a .safetensors or torch file of a timm ViT or DeiT (distilled ones too), DINOv2, TS-CAM, the released LCTR or
+    this project, or deit_tiny, deit_small, deit_base, which torch.hub downloads once. A LayerScale is folded into the
+    projections, a distillation token dropped; pos_embed and the patch convolution are resized bicubically.
+    Raises ValueError, naming the file, where it cannot be read or downloaded, where a parameter has another shape
+    (named) or is not finite, and where nothing of the backbone matches.
+    """
+    content = read_weights(path)
+    state, converted = to_own_names(content, path)
+    grid = None
+    with contextlib.suppress(*MISFITS):  # a checkpoint of this project says its grid, which need not be square
+        height, width = two_sides(content["config"]["img_size"])
+        grid = height // content["config"]["patch_size"], width // content["config"]["patch_size"]
+    return load_backbone(model, state, path, converted, grid)
+
+
+# ---------------------------------------------------------------- weights: whole models
+
+MODEL_FLAGS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path", "head", "num_kernels",
+               "kernel_size", "scorer", "erase", "pool")
 
 
 def load_checkpoint(path: str) -> tuple[LCTR, dict]:
@@ -592,21 +664,20 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
         config = checkpoint["config"]
         model = LCTR(len(checkpoint["classes"]), **{flag: config[flag] for flag in MODEL_FLAGS})
         model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path}: its weights do not fit its own config: {reason}") from None
+    except MISFITS as error:
+        raise ValueError(f"{path}: its weights do not fit its own config: {last_line(error)}") from None
     return model.eval(), checkpoint
 
 
 def load_foreign(content: dict, path: str) -> tuple[LCTR, dict]:
     """load_checkpoint for the authors', TS-CAM's and DeiT's files."""
-    state, _ = to_own_names(content.get("model", content.get("state_dict", content)), path)
+    state, _ = to_own_names(content, path)
     try:
         config = architecture(state) | {"drop_path": 0.0, "pool": "gap"}
         if "cdm.weight" in state:
             G, C, _, k, _ = state["cdm.weight"].shape
-            scorer = {(True, True): "separate", (True, False): "gap"}.get(
-                ("cdm.score_avg.weight" in state, "cdm.score_max.weight" in state), "gmp")
+            average, maximum = "cdm.score_avg.weight" in state, "cdm.score_max.weight" in state
+            scorer = "separate" if average and maximum else "gap" if average else "gmp"
             config |= {"head": "cdm", "num_kernels": G, "kernel_size": k, "scorer": scorer, "pool": "padded"}
         elif state["head.weight"].ndim == 4:
             C, _, k, _ = state["head.weight"].shape
@@ -618,9 +689,8 @@ def load_foreign(content: dict, path: str) -> tuple[LCTR, dict]:
         model = LCTR(C, **config)
         own = model.state_dict()
         model.load_state_dict({key: state[key] for key in own})
-    except (KeyError, IndexError, AttributeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(f"{path}: not a checkpoint of train.py, LCTR, TS-CAM or DeiT ({reason}): "
+    except MISFITS as error:
+        raise ValueError(f"{path}: not a checkpoint of train.py, LCTR, TS-CAM or DeiT ({last_line(error)}): "
                          f"looks like {describe(state)}") from None
     classes = [f"class {i}" for i in range(C)]
     return model.eval(), {"model": own, "config": config, "classes": classes, "phase": "foreign", "metrics": {}}
@@ -629,32 +699,24 @@ def load_foreign(content: dict, path: str) -> tuple[LCTR, dict]:
 # ---------------------------------------------------------------- python lctr.py [IMAGE] | --export FILE CHECKPOINT
 
 
-def trace(model: LCTR, images: Tensor) -> list[tuple[str, str, Tensor]]:
-    """Every intermediate of localize() on images (B, 3, H, W), in the paper's order: (equation, name, value)."""
-    steps = [("", "images", images)]
-    with torch.no_grad():
-        tokens, maps = model.forward_features(images, "full")
-        steps += [("Eq. 4", "A_L, last block's attention", maps[-1].full),
-                  ("RPAM", "M_L^c, its class row", maps[-1].cls),
-                  ("RPAM", "M_L^r, its patch relation", maps[-1].relation), ("", "X_L, tokens", tokens)]
-        found = model.localize(images)
-        steps += [("CDM", "M~_*^c, class attention map", found.cls_map),
-                  ("Eq. 5", "M_*^r, patch relation map", found.relation_map)]
-        if model.head_type == "cdm":
-            scores = model.cdm(model.on_grid(tokens[:, 1:]), found.cls_map)
-            steps += [("CDM", "S_g, scores", scores), ("Eq. 6", "W_g, kernels", model.cdm.weight)]
-        steps += [("Eq. 2", "logits", found.logits)]
-        if found.class_maps is not None:
-            steps += [("Eq. 6", "M_CDM, predicted class's map", found.class_maps), ("Eq. 3", "M^fuse", fuse(found))]
-    return steps
+def read_image(path: str, size: tuple[int, int]) -> Tensor:
+    """A picture, upright and resized to (H, W) -> (1, 3, H, W), ImageNet-normalised. Raises ValueError naming it."""
+    try:
+        with Image.open(path) as picture:
+            pixels = ImageOps.exif_transpose(picture).convert("RGB").resize(size[::-1], Image.BILINEAR)
+    except Exception as error:  # a broken file's errors are of many kinds
+        raise ValueError(f"{path}: not a picture that can be read ({last_line(error)})") from None
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1) / 255  # (H, W, 3) -> (3, H, W)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # ImageNet's
+    return ((image - mean) / std)[None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prints every intermediate of LCTR on one image, or exports a checkpoint.")
+    parser = argparse.ArgumentParser(description="Prints each step of LCTR on one image, or exports a checkpoint.")
     parser.add_argument("image", nargs="?", help="picture to localise in (default: random noise)")
     parser.add_argument("--checkpoint", help="model to use (default: a small one with random weights)")
     parser.add_argument("--export", nargs=2, metavar=("FILE", "CHECKPOINT"),
-                        help="write CHECKPOINT's backbone (and token head) to FILE as a plain state dict in timm's names")
+                        help="write CHECKPOINT's backbone (and token head) to FILE as a state dict in timm's names")
     flags = parser.parse_args()
     try:
         if flags.export:
@@ -664,21 +726,17 @@ def main() -> None:
                      if not key.startswith(("cdm.", "head."))}
             torch.save(state, f"{path}.partial")
             os.replace(f"{path}.partial", path)
-            print(f"{path}: {len(state)} parameters, {describe(state)}, input {model.img_size[0]} x {model.img_size[1]}")
+            height, width = model.img_size
+            print(f"{path}: {len(state)} parameters, {describe(state)}, input {height} x {width}")
             return
         torch.manual_seed(0)
         model = load_checkpoint(flags.checkpoint)[0] if flags.checkpoint else LCTR(10, 64, 8, 96, 4, 3).eval()
-        images = torch.randn(1, 3, *model.img_size)
-        if flags.image:
-            with Image.open(flags.image) as picture:
-                pixels = ImageOps.exif_transpose(picture).convert("RGB").resize(model.img_size[::-1], Image.BILINEAR)
-            images = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
-            mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)  # ImageNet's
-            images = (images - mean) / std
-    except (ValueError, OSError) as error:
-        sys.exit(f"lctr.py: error: {error}")
-    for equation, name, value in trace(model, images):
-        print(f"{equation:6} {name:30} {str(tuple(value.shape)):20} {value.min():10.3g} to {value.max():.3g}")
+        images = read_image(flags.image, model.img_size) if flags.image else torch.randn(1, 3, *model.img_size)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"lctr.py: error: {last_line(error)}")
+    for equation, name, symbols, value in trace(model, images):
+        shape = str(tuple(value.shape))
+        print(f"{equation:6} {name:37} {symbols:17} {shape:19} {value.min():9.3g} to {value.max():.3g}")
 
 
 if __name__ == "__main__":

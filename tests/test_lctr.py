@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -40,14 +41,15 @@ def test_tokens_equal_torchs_own_encoder():
     model, x = make(), images()
     layers = []
     for block in model.blocks:
-        layer = torch.nn.TransformerEncoderLayer(12, 2, 48, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True).double()
+        layer = torch.nn.TransformerEncoderLayer(12, 2, 48, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
         layer.load_state_dict({
             "self_attn.in_proj_weight": block.attn.qkv.weight, "self_attn.in_proj_bias": block.attn.qkv.bias,
             "self_attn.out_proj.weight": block.attn.proj.weight, "self_attn.out_proj.bias": block.attn.proj.bias,
             "linear1.weight": block.mlp.fc1.weight, "linear1.bias": block.mlp.fc1.bias,
             "linear2.weight": block.mlp.fc2.weight, "linear2.bias": block.mlp.fc2.bias,
-            **{f"norm{i}.{name}": getattr(getattr(block, f"norm{i}"), name) for i in (1, 2) for name in ("weight", "bias")},
-        })
+            "norm1.weight": block.norm1.weight, "norm1.bias": block.norm1.bias,
+            "norm2.weight": block.norm2.weight, "norm2.bias": block.norm2.bias,
+        }, assign=True)
         layers.append(layer.eval())
     patches = F.unfold(x, 4, stride=4).mT @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
     tokens = torch.cat([model.cls_token.expand(2, -1, -1), patches], 1) + model.pos_embed  # Eq. 1
@@ -71,7 +73,8 @@ def test_the_three_kinds_of_attention_agree_and_full_is_a_softmax():
         mean = A.mean(1)
         equal(full[l].cls, mean[:, 0])
         equal(full[l].relation, torch.einsum("bi,bij->bj", mean[:, 0], mean[:, :, 1:]) / 16)
-        equal(relation[l].cls, full[l].cls), equal(relation[l].relation, full[l].relation), equal(cls[l].cls, full[l].cls)
+        equal(cls[l].cls, full[l].cls)
+        equal(relation[l].cls, full[l].cls), equal(relation[l].relation, full[l].relation)
         assert cls[l].relation is None and cls[l].full is None and relation[l].full is None
 
 
@@ -121,7 +124,8 @@ def naive(model, x, scorer="separate", erase="raw", pool="gap"):
             erased = torch.stack([(m - m.min()) / (m.max() - m.min()) for m in M_c])
         cues = F.conv2d(X * (1 - erased)[:, None], model.cdm.conv.weight, model.cdm.conv.bias, padding=1)
         gap, gmp = cues.flatten(2).mean(2), cues.flatten(2).max(2).values
-        S = {"gap": lambda c: c.score_avg(gap), "gmp": lambda c: c.score_max(gmp), "shared": lambda c: c.score_avg(gap + gmp),
+        S = {"gap": lambda c: c.score_avg(gap), "gmp": lambda c: c.score_max(gmp),
+             "shared": lambda c: c.score_avg(gap + gmp),
              "separate": lambda c: c.score_avg(gap) + c.score_max(gmp)}[scorer](model.cdm).sigmoid()
         W = model.cdm.weight
         maps = torch.cat([F.conv2d(X[b:b + 1], sum(S[b, g] * W[g] for g in range(len(W))), model.cdm.bias,
@@ -177,17 +181,12 @@ def test_fuse_is_equation_3_and_its_ablations():
 
 
 def test_reversal_erases_what_is_attended():
-    model = make(erase="minmax")
-    model.cdm.conv.weight.data.zero_()
-    model.cdm.conv.weight.data[:, :, 1, 1] = torch.eye(12)
-    model.cdm.conv.bias.data.zero_()
-    seen = []
-    model.cdm.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    features, cls_map = torch.ones(1, 12, 3, 5, dtype=torch.float64), torch.rand(1, 3, 5, dtype=torch.float64)
-    model.cdm(features, cls_map)
-    low, high = cls_map.flatten().argmin(), cls_map.flatten().argmax()
-    assert (seen[0].flatten(2)[0, :, high] == 0).all() and (seen[0].flatten(2)[0, :, low] == 1).all()
-    assert torch.isfinite(model.cdm(features, torch.full((1, 3, 5), 0.2, dtype=torch.float64))).all()  # a constant map
+    cls_map = torch.rand(2, 3, 5, dtype=torch.float64) * torch.tensor([0.1, 1.0])[:, None, None]
+    equal(make().cdm.reverse(cls_map), 1 - cls_map)
+    reverse = make(erase="minmax").cdm.reverse
+    for before, after in zip(cls_map, reverse(cls_map)):  # each image by its own range
+        assert after.flatten()[before.argmax()] == 0 and after.flatten()[before.argmin()] == 1
+    equal(reverse(torch.full_like(cls_map, 0.2)), torch.ones_like(cls_map))  # a constant map erases nothing
 
 
 def test_initialisation_takes_each_kernels_own_fan_in():
@@ -198,7 +197,8 @@ def test_initialisation_takes_each_kernels_own_fan_in():
 
 
 @settings(max_examples=15, deadline=None)
-@given(h=st.integers(1, 5), w=st.integers(1, 5), heads=st.integers(1, 3), G=st.integers(1, 3), head=st.sampled_from(["cdm", "conv"]))
+@given(h=st.integers(1, 5), w=st.integers(1, 5), heads=st.integers(1, 3), G=st.integers(1, 3),
+       head=st.sampled_from(["cdm", "conv"]))
 def test_any_grid_width_and_head_count(h, w, heads, G, head):
     model = make(3, img_size=(4 * h, 4 * w), embed_dim=4 * heads, num_heads=heads, num_kernels=G, head=head)
     x = images(2, (4 * h, 4 * w))
@@ -208,8 +208,10 @@ def test_any_grid_width_and_head_count(h, w, heads, G, head):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"img_size": 13}, "img_size: got 13"), ({"num_heads": 5}, "num_heads: got 5"), ({"head": "gap"}, "head: got 'gap'"),
-    ({"kernel_size": 5}, "kernel_size: got 5"), ({"scorer": "max"}, "scorer"), ({"erase": "no"}, "erase"), ({"pool": "max"}, "pool"),
+    ({"img_size": 13}, "img_size: got 13"), ({"num_heads": 5}, "num_heads: got 5"),
+    ({"head": "gap"}, "head: got 'gap'"), ({"kernel_size": 5}, "kernel_size: got 5"),
+    ({"scorer": "max"}, "scorer: got 'max'"), ({"erase": "no"}, "erase: got 'no'"),
+    ({"pool": "max"}, "pool: got 'max'"),
 ])
 def test_switches_out_of_range_are_named(change, words):
     with pytest.raises(ValueError, match=words):
@@ -265,7 +267,15 @@ def test_load_pretrained_reports_what_the_file_lacks(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (lambda s: s | {"norm.weight": torch.zeros(13)}, r"norm.weight: found shape \(13,\), need \(12,\)"),
-    (lambda s: s | {"pos_embed": torch.zeros(1, 18, 12)}, r"pos_embed: found shape \(1, 18, 12\)"),
+    *((lambda s, shape=shape: s | {"pos_embed": torch.zeros(shape)}, f"pos_embed: found shape {re.escape(str(shape))}")
+      for shape in ((1, 18, 12), (2, 17, 12), (1, 17, 11), (1, 1, 12), (1, 0, 12), (16,), ())),
+    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 48)}, r"weight: found shape \(12, 48\)"),
+    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 1, 4, 4)}, r"weight: found shape \(12, 1, 4, 4\)"),
+    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 3, 0, 0)}, r"weight: found shape \(12, 3, 0, 0\)"),
+    (lambda s: s | {"blocks.0.ls1.gamma": torch.ones(13)}, "LayerScale does not fit"),
+    (lambda s: {"cls_token": s["cls_token"], "blocks.0.ls2.gamma": torch.ones(12)}, "LayerScale does not fit"),
+    (lambda s: {"cls_token": s["cls_token"], "dist_token": s["cls_token"]}, "distillation token .*does not fit"),
+    (lambda s: {"blocks.x.bias": torch.zeros(12), "norm.bias": torch.zeros(13)}, r"norm.bias: found shape \(13,\)"),
     (lambda s: s | {"norm.bias": torch.full((12,), math.nan)}, "norm.bias: need a tensor of finite numbers"),
     (lambda s: s | {"norm.bias": "text"}, "norm.bias: need a tensor"),
     (lambda s: {"net." + k: v for k, v in s.items()}, "no parameter of a ViT's backbone .* looks like none of ours"),
@@ -293,7 +303,7 @@ def test_files_that_are_not_weights_end_in_one_line_and_run_nothing(tmp_path):
     bomb.path = tmp_path / "exploded"
     torch.save({"model": bomb}, tmp_path / "bomb.pth")
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
-    for name, content in {"cut.pth": whole[:len(whole) // 2], "empty.pth": b"", "page.pth": b"<html>404</html>"}.items():
+    for name, content in (("cut.pth", whole[:len(whole) // 2]), ("empty.pth", b""), ("page.pth", b"<html>404</html>")):
         (tmp_path / name).write_bytes(content)
     for name in ("bomb.pth", "list.pth", "cut.pth", "empty.pth", "page.pth", "missing.pth", "."):
         for load in (lambda path: load_pretrained(LCTR(3, **SIZE), path), load_checkpoint):
@@ -303,10 +313,13 @@ def test_files_that_are_not_weights_end_in_one_line_and_run_nothing(tmp_path):
     assert not bomb.path.exists()
 
 
+CONFIG = SIZE | dict(img_size=[12, 20], drop_path=0.1, head="cdm", num_kernels=4, kernel_size=3, scorer="separate",
+                     erase="raw", pool="gap")
+
+
 def checkpoint(**changes):
-    config = dict(img_size=[12, 20], patch_size=4, embed_dim=12, depth=3, num_heads=2, drop_path=0.1, head="cdm", num_kernels=4,
-                  kernel_size=3, scorer="separate", erase="raw", pool="gap")
-    return {"model": make(dtype=torch.float32).state_dict(), "config": config, "classes": list("abcdefg"), "phase": "main", **changes}
+    model = make(dtype=torch.float32).state_dict()
+    return {"model": model, "config": CONFIG, "classes": list("abcdefg"), "phase": "main", **changes}
 
 
 def test_load_checkpoint_rebuilds_the_model(tmp_path):
@@ -319,7 +332,9 @@ def test_load_checkpoint_rebuilds_the_model(tmp_path):
 
 @pytest.mark.parametrize("changes, words", [
     ({"classes": ["one"]}, "do not fit"), ({"config": {}}, "do not fit"), ({"config": None}, "do not fit"),
-    ({"model": {}}, "do not fit"), ({"model": {"alien": torch.zeros(1)}}, "do not fit"), ({"phase": "pretrain"}, "pretraining"),
+    ({"config": CONFIG | {"patch_size": 0}}, "do not fit"), ({"config": CONFIG | {"img_size": []}}, "do not fit"),
+    ({"model": {}}, "do not fit"), ({"model": {"alien": torch.zeros(1)}}, "do not fit"),
+    ({"phase": "pretrain"}, "pretraining"),
 ])
 def test_load_checkpoint_refuses_what_does_not_fit(tmp_path, changes, words):
     torch.save(checkpoint(**changes), tmp_path / "best.pt")
@@ -329,7 +344,8 @@ def test_load_checkpoint_refuses_what_does_not_fit(tmp_path, changes, words):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cut=st.floats(0, 1), at=st.floats(0, 1), junk=st.binary(min_size=1, max_size=40), kind=st.sampled_from(["cut", "write"]))
+@given(cut=st.floats(0, 1), at=st.floats(0, 1), junk=st.binary(min_size=1, max_size=40),
+       kind=st.sampled_from(["cut", "write"]))
 def test_a_damaged_checkpoint_works_or_ends_in_one_line(tmp_path, cut, at, junk, kind):
     if not (tmp_path / "good.pt").exists():
         torch.save(checkpoint(), tmp_path / "good.pt")
@@ -346,11 +362,11 @@ def test_a_damaged_checkpoint_works_or_ends_in_one_line(tmp_path, cut, at, junk,
         assert str(tmp_path / "bad.pt") in str(error) and "\n" not in str(error)
 
 
-# ---------------------------------------------------------------- foreign weights, each written here in its own convention
+# ---------------------------------------------------------------- foreign weights, each in its own convention
 
 
 class LayerScaleViT(torch.nn.Module):
-    """DINOv2's convention: each residual branch is multiplied by a vector; its own attention, for an independent check."""
+    """DINOv2's convention: each residual branch is multiplied by a vector; attention written here, to compare."""
 
     def __init__(self, D=12, heads=2, depth=3, patch=4, grid=(3, 5)):
         super().__init__()
@@ -360,7 +376,8 @@ class LayerScaleViT(torch.nn.Module):
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid[0] * grid[1], D))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, D, patch, patch)})
         self.blocks = nn.ModuleList(nn.ModuleDict({
-            "norm1": nn.LayerNorm(D, eps=1e-6), "attn": nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)}),
+            "norm1": nn.LayerNorm(D, eps=1e-6),
+            "attn": nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)}),
             "ls1": nn.ParameterDict({"gamma": torch.randn(D)}), "norm2": nn.LayerNorm(D, eps=1e-6),
             "mlp": nn.ModuleDict({"fc1": nn.Linear(D, 4 * D), "fc2": nn.Linear(4 * D, D)}),
             "ls2": nn.ParameterDict({"gamma": torch.randn(D)}),
@@ -420,18 +437,28 @@ def test_another_patch_size_is_resized_and_keeps_plain_patches(tmp_path):
 
 def test_a_grid_that_is_not_square_is_known_from_this_projects_config(tmp_path):
     torch.save(checkpoint(), tmp_path / "best.pt")
-    model = LCTR(3, **SIZE | {"img_size": (24, 20)})  # 3 x 5 -> 6 x 5
-    report = load_pretrained(model, tmp_path / "best.pt")
-    assert report.resized == ["pos_embed"] and "cdm.weight" in report.ignored
     grid = checkpoint()["model"]["pos_embed"][:, 1:].reshape(1, 3, 5, 12).permute(0, 3, 1, 2)
-    expected = F.interpolate(grid, (6, 5), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).reshape(1, 30, 12)
-    equal(model.pos_embed[:, 1:].detach(), expected)
+    for size, (h, w) in (((24, 20), (6, 5)), ((20, 12), (5, 3))):  # the second has as many places, in another order
+        model = LCTR(3, **SIZE | {"img_size": size})
+        report = load_pretrained(model, tmp_path / "best.pt")
+        assert report.resized == ["pos_embed"] and "cdm.weight" in report.ignored
+        expected = F.interpolate(grid, (h, w), mode="bicubic", align_corners=False).flatten(2).mT
+        equal(model.pos_embed[:, 1:].detach(), expected)
+
+
+@pytest.mark.parametrize("config", [
+    None, {}, {"img_size": 24}, {"img_size": "12", "patch_size": 4}, {"img_size": [12], "patch_size": 4},
+    {"img_size": 24, "patch_size": 0},
+], ids=str)
+def test_a_config_that_says_no_grid_leaves_a_square_one(tmp_path, config):
+    torch.save({"model": make(img_size=24).state_dict(), "config": config}, tmp_path / "vit.pth")
+    assert load_pretrained(LCTR(3, **SIZE), tmp_path / "vit.pth").resized == ["pos_embed"]
 
 
 def test_the_authors_checkpoint_is_scored_as_their_code_does(tmp_path):
     model = make(img_size=16, embed_dim=64, num_heads=1, pool="padded", dtype=torch.float32)
-    renamed = {"cdm.conv.": "conv3x3.", "cdm.score_avg.": "CDM._routing_fn_two.fc.", "cdm.score_max.": "CDM._routing_fn_two.fc2.",
-               "cdm.": "CDM."}
+    renamed = {"cdm.conv.": "conv3x3.", "cdm.score_avg.": "CDM._routing_fn_two.fc.",
+               "cdm.score_max.": "CDM._routing_fn_two.fc2.", "cdm.": "CDM."}
     state = {}
     for key, value in model.state_dict().items():
         prefix = next((own for own in renamed if key.startswith(own)), "")
@@ -456,7 +483,8 @@ def safetensors(tensors, names={torch.float32: "F32", torch.float16: "F16", torc
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for key, value in tensors.items():
         raw = value.contiguous().view(torch.uint8).numpy().tobytes()
-        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        offsets = [len(data), len(data) + len(raw)]
+        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": offsets}
         data += raw
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
@@ -487,15 +515,16 @@ def test_a_damaged_safetensors_file_works_or_ends_in_one_line(tmp_path, at, byte
 
 
 @pytest.mark.parametrize("header", [
-    {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 800]}},
-    {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]}}, {"a": {"dtype": "F99", "shape": [2], "data_offsets": [0, 8]}},
-    {"a": {"dtype": "F32", "shape": [2**62], "data_offsets": [0, 8]}}, {"a": 3}, [], {"a": {"dtype": "F32", "shape": [2]}},
-    {"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, {"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}},
+    *({"a\nb": {"dtype": dtype, "shape": shape, "data_offsets": offsets}} for dtype, shape, offsets in (
+        ("F32", [3], [0, 8]), ("F32", [2], [0, 800]), ("F32", [2], [-8, 0]), ("F32", [2], [0., 8.]), ("F32", [2], [0]),
+        ("F32", [-2], [8, 0]), ("F32", [-1, -2], [0, 8]), ("F32", [2**62], [0, 8]), ("F32", [2**70, 0], [0, 0]),
+        ("F32", [2.0], [0, 8]), ("F32", 2, [0, 8]), ("F99", [2], [0, 8]), (["F32"], [2], [0, 8]))),
+    {"a": {"dtype": "F32", "shape": [2]}}, {"a": 3}, [],
 ], ids=str)
 def test_a_safetensors_header_that_lies_is_refused(tmp_path, header):
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
-    with pytest.raises(ValueError, match="x.safetensors: ") as caught:
+    with pytest.raises(ValueError, match="x.safetensors: .*not a safetensors header") as caught:
         load_pretrained(LCTR(3, **SIZE), tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
 
@@ -506,7 +535,7 @@ def test_deit_by_name_uses_the_hubs_cache_and_fails_in_one_line(tmp_path, monkey
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    with pytest.raises(ValueError, match=r"deit_small: cannot download https://.*cd65a155.pth .*put that file into") as caught:
+    with pytest.raises(ValueError, match=r"deit_small: cannot download https://.*cd65a155.pth .*put that") as caught:
         load_pretrained(LCTR(3), "deit_small")
     assert "\n" not in str(caught.value)
 
@@ -523,9 +552,29 @@ def test_trace_prints_every_step_of_one_image(tmp_path, monkeypatch, capsys):
     Image.new("L", (50, 30), 99).save(tmp_path / "grey.png")
     call(monkeypatch, tmp_path / "grey.png")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] + line.split()[1] for line in lines if line.startswith("Eq.")] == [
-        "Eq.4", "Eq.5", "Eq.6", "Eq.2", "Eq.6", "Eq.3"]
+    assert [int(line[4]) for line in lines if line.startswith("Eq.")] == [1, 4, 5, 6, 6, 6, 2, 2, 3, 3]
     assert any("S_g" in line and "(1, 4)" in line for line in lines)
+    grey = [(99 / 255 - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    assert f"{min(grey):.3g} to {max(grey):.3g}" in lines[0]
+
+
+@pytest.mark.parametrize("head", ["cdm", "conv", "token"])
+def test_traced_steps_are_what_localize_computes(head):
+    model, x = make(head=head), images(1)
+    sizes = {"1": 1, "3": 3, "B": 1, "H": 12, "W": 20, "h": 3, "w": 5, "N": 15, "N+1": 16, "D": 12, "S": 2, "C": 7,
+             "k": 3, "G": 4 if head == "cdm" else 1}
+    steps = {name.split(":")[0]: value for _, name, _, value in lctr.trace(model, x)}
+    for _, name, symbols, value in lctr.trace(model, x):
+        assert value.shape == tuple(sizes[symbol] for symbol in symbols.strip("()").split(", ")), name
+    found = model.localize(x)
+    equal(steps["logits"], found.logits), equal(steps["p"].sum(), torch.tensor(1.0, dtype=x.dtype))
+    equal(steps["M_*^r"], found.relation_map), equal(steps["M~_*^c"], found.cls_map)
+    if head != "token":
+        equal(steps["M^fuse"], fuse(found)), equal(steps["X_CDM"], model.localize(x, "all").class_maps)
+        equal(F.conv2d(model.on_grid(steps["X_L"][:, 1:]), steps["sum_g S_g W_g^e"][0], padding=1).mean((2, 3)),
+              found.logits - (model.cdm if head == "cdm" else model.head).bias)
+    if head == "cdm":
+        equal(steps["1 - M~_*^c"], 1 - found.cls_map)
 
 
 def test_export_writes_what_load_pretrained_takes(tmp_path, monkeypatch, capsys):
@@ -536,3 +585,18 @@ def test_export_writes_what_load_pretrained_takes(tmp_path, monkeypatch, capsys)
     assert not load_pretrained(VisionTransformer(**SIZE | {"img_size": (12, 20)}), tmp_path / "vit.pth").ignored
     with pytest.raises(SystemExit, match="lctr.py: error: .*none.pt"):
         call(monkeypatch, "--export", tmp_path / "a.pth", tmp_path / "none.pt")
+    with pytest.raises(SystemExit, match="lctr.py: error: .*nowhere"):
+        call(monkeypatch, "--export", tmp_path / "nowhere" / "a.pth", tmp_path / "best.pt")
+
+
+def test_a_picture_that_cannot_be_read_ends_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "page.png").write_bytes(b"<html>")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
+    for name in ("page.png", "cut.png", "none.png", "."):
+        with pytest.raises(SystemExit, match="lctr.py: error: .") as caught:
+            call(monkeypatch, tmp_path / name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # as for a picture above Pillow's limit
+    with pytest.raises(SystemExit, match="lctr.py: error: .*whole.png"):
+        call(monkeypatch, tmp_path / "whole.png")
