@@ -33,12 +33,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_backbone, load_checkpoint, load_pretrained, read_weights
+from lctr import ARCHITECTURES, HEADS, LCTR, MODEL_FLAGS, load_backbone, load_checkpoint, load_pretrained, read_weights
 
 PAPER = dict(  # "Implementation Details", CUB-200-2011; the warm-up is the released code's
     arch="small", img_size=224, patch_size=16, head="cdm", num_kernels=4, kernel_size=3, scorer="separate",
     erase="raw", pool="gap", drop_path=0.1, epochs=80, pretrain_epochs=0, batch_size=128, lr=5e-5, pretrain_lr=5e-4,
-    weight_decay=5e-4, warmup_epochs=5.0, label_smoothing=0.0, clip_grad=0.0,
+    weight_decay=5e-4, warmup_epochs=5.0, label_smoothing=0.0, clip_grad=0.0, backbone_lr_scale=1.0,
 )
 RECIPES = {
     "synthetic": PAPER | dict(
@@ -114,6 +114,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--accumulate", type=positive, default=1, help="pieces that a batch is computed in, for small cards")
     add("--lr", type=above_zero, help="peak learning rate, never rescaled *")
     add("--pretrain-lr", type=above_zero, help="the same for the pretraining epochs *")
+    add("--backbone-lr-scale", type=above_zero, help="times --lr is the backbone's rate in the main phase *")
     add("--weight-decay", type=number(float, 0), help="on all but biases, norms and embeddings *")
     add("--warmup-epochs", type=number(float, 0), help="at most a tenth of the run *")
     add("--label-smoothing", type=fraction, help="*")
@@ -189,8 +190,9 @@ def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def adamw(model: LCTR, weight_decay: float, pretrained: bool) -> torch.optim.AdamW:
-    """The paper's AdamW; biases, norms and embeddings are not decayed. A group's `scale` multiplies its learning rate.
+def adamw(model: LCTR, weight_decay: float, backbone_scale: float, pretrained: bool) -> torch.optim.AdamW:
+    """The paper's AdamW; biases, norms and embeddings are not decayed. A group's `scale` multiplies its learning rate:
+    backbone_scale for all but the head, and less for some of a pretrained file's layers.
 
     Adam's step ignores how large a weight is. A LayerScale folded into a pretrained projection leaves it far below
     ViT's initial 0.02, and full steps would wreck it: its rate shrinks in proportion, as if it were not folded.
@@ -201,8 +203,10 @@ def adamw(model: LCTR, weight_decay: float, pretrained: bool) -> torch.optim.Ada
     groups = {}
     for name, parameter in model.named_parameters():
         decay = 0.0 if parameter.ndim < 2 or name in ("cls_token", "pos_embed") else weight_decay
-        group = {"params": [], "weight_decay": decay, "scale": scales.get(parameter, 1.0)}
-        groups.setdefault((decay, name if parameter in scales else None), group)["params"].append(parameter)
+        is_head = name.startswith(HEADS)
+        scale = 1.0 if is_head else backbone_scale * scales.get(parameter, 1.0)
+        group = {"params": [], "weight_decay": decay, "scale": scale}
+        groups.setdefault((decay, is_head, name if parameter in scales else None), group)["params"].append(parameter)
     return torch.optim.AdamW(groups.values(), lr=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True)
 
 
@@ -259,7 +263,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         total = min(total, config["max_steps"])
     warmup = min(config["warmup_epochs"] * steps_per_epoch, total / 10)
 
-    optimizer = adamw(model, config["weight_decay"], pretrained=config["pretrained"] is not None)
+    backbone_scale = config["backbone_lr_scale"] if phase == "main" else 1.0
+    optimizer = adamw(model, config["weight_decay"], backbone_scale, pretrained=config["pretrained"] is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     step, metrics = 0, {}
     if saved:

@@ -473,12 +473,14 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth(total, share, 
     assert train.learning_rate(total, total, warmup, peak) == pytest.approx(0.01 * peak)
 
 
-def test_biases_norms_and_embeddings_are_not_decayed():
+def test_what_is_decayed_and_what_learns_slower():
     model = train.build(vars(train.parse_flags(TINY)), 9)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = train.adamw(model, 0.05, pretrained=False).param_groups
+    groups = train.adamw(model, 0.05, 0.5, pretrained=False).param_groups
     decay = {names[parameter]: group["weight_decay"] for group in groups for parameter in group["params"]}
-    assert len(groups) == 2 and decay.keys() == set(names.values()) and {group["scale"] for group in groups} == {1.0}
+    scale = {names[parameter]: group["scale"] for group in groups for parameter in group["params"]}
+    assert len(groups) == 4 and decay.keys() == set(names.values())
+    assert all(scale[name] == (1.0 if name.startswith("cdm.") else 0.5) for name in scale)
     assert not any(decay[n] for n in ("cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "cdm.bias"))
     assert all(decay[n] == 0.05 for n in ("cdm.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"))
 
@@ -489,7 +491,7 @@ def test_a_folded_layer_scale_learns_at_a_smaller_rate():
         model.blocks[0].mlp.fc2.weight.normal_(std=0.002)
         model.blocks[1].mlp.fc2.weight.normal_(std=0.2)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = train.adamw(model, 0.05, pretrained=True).param_groups
+    groups = train.adamw(model, 0.05, 1.0, pretrained=True).param_groups
     scale = {names[parameter]: group["scale"] for group in groups for parameter in group["params"]}
     assert scale["blocks.0.mlp.fc2.weight"] == scale["blocks.0.mlp.fc2.bias"] == pytest.approx(0.1, rel=0.1)
     assert scale["blocks.1.mlp.fc2.weight"] == scale["blocks.0.attn.qkv.weight"] == scale["cdm.weight"] == 1

@@ -1,0 +1,130 @@
+"""docs/study.py on a few tiny birds, and its statistics against closed forms."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lctr import LCTR
+
+ROOT = Path(__file__).parent.parent
+TINY = ("--limit-test 24 --img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 1 "
+        "--pretrain-epochs 1 --limit-train 17").split()
+spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "study.py")
+study = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(study)
+
+
+def test_a_study_is_not_run_twice(tmp_path, capsys):
+    command = ["7", *TINY, "--seeds", "1", "--regime", "species", "--out", str(tmp_path)]
+    study.main(command)
+    first = capsys.readouterr().out
+    runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    assert {path.parent.name for path in runs} == {"pretraining", "kernel-size-1", "default"}
+    study.main([*command, "--results", str(tmp_path / "again.json")])
+    assert capsys.readouterr().out == first
+    assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+
+    results = json.loads((tmp_path / "study.json").read_text())["Table 7, species"]
+    assert results["rows"].keys() == {"1 x 1", "3 x 3"} and results["seeds"] == 1 and results["commit"]
+    measured = json.loads((tmp_path / "species" / "seed0" / "default" / "measured.json").read_text())
+    assert results["rows"]["3 x 3"]["gt_known"]["mean"] == measured["couplings"]["relation"]["gt_known"]
+    assert measured["causes"]["accuracy_own_scores"] == pytest.approx(measured["top1_cls"])
+    pretrained = torch.load(tmp_path / "species" / "seed0" / "pretraining" / "pretrained.pt", weights_only=True)
+    assert len(pretrained["model"]["classifier.bias"]) == 9  # species alone: no output for the palette
+
+
+def test_every_run_goes_on_from_its_seeds_pretraining(tmp_path, capsys):
+    study.main(["8", *TINY, "--seeds", "2", "--jobs", "2", "--regime", "species + palette", "--lr", "1e-30",
+                "--out", str(tmp_path)])
+    assert "| LCTR |" in capsys.readouterr().out
+    for seed in range(2):
+        folder = tmp_path / "species+palette" / f"seed{seed}"
+        pretrained = torch.load(folder / "pretraining" / "pretrained.pt", weights_only=True)["model"]
+        assert len(pretrained["classifier.bias"]) == 17
+        for row in ("default", "head-conv"):
+            model = torch.load(folder / row / "last.pt", weights_only=True)["model"]
+            assert torch.equal(model["blocks.1.attn.qkv.weight"], pretrained["blocks.1.attn.qkv.weight"])
+
+
+def test_a_failed_run_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        study.main(["8", *TINY, "--seeds", "1", "--lr", "-1", "--out", str(tmp_path)])
+    assert "pretraining" in caught.value.code and "--lr" in caught.value.code and "\n" not in caught.value.code
+
+
+def test_the_interval_is_the_bootstraps():
+    """Against the normal approximation: the standard error of a mean of n paired differences."""
+    rng = np.random.default_rng(1)
+    a, b = rng.random((3, 2000)) < 0.6, rng.random((3, 2000)) < 0.5
+    found = study.difference(a, b)
+    by_image = 100 * (a.astype(float) - b).mean(0)
+    error = by_image.std() / len(by_image) ** 0.5
+    assert found["mean"] == pytest.approx(by_image.mean())
+    assert found["low"] == pytest.approx(by_image.mean() - 1.96 * error, abs=0.15 * error)
+    assert found["high"] == pytest.approx(by_image.mean() + 1.96 * error, abs=0.15 * error)
+    assert found["std"] == pytest.approx(np.std(100 * (a.mean(1) - b.mean(1)), ddof=1))
+    same = study.difference(a, a)
+    assert same["low"] == same["high"] == same["mean"] == same["std"] == 0
+
+
+class Boxed:
+    """Data set of 64 random images whose box is the left half, labelled by `label`."""
+
+    name, split = "boxed", "test"
+
+    def __init__(self, labels):
+        self.labels, self.images = labels, torch.randn(len(labels), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"image": self.images[index], "label": int(self.labels[index]), "boxes": torch.tensor([[0.0, 0, 32, 64]]),
+                "size": (64, 64), "view": (0, 0, 64, 64), "index": index, "path": str(index)}
+
+
+@torch.no_grad()
+def test_causes_of_a_known_model():
+    """A 1 x 1 head whose maps hold class 0 inside the box and class 1 outside, and twice as much of it inside."""
+    torch.manual_seed(0)
+    model = LCTR(2, 64, 8, 8, 1, 2, head="conv", kernel_size=1).eval()
+    model.head.weight.zero_()
+    model.head.bias.zero_()
+    model.norm.weight.zero_()
+    model.head.weight[0, 0], model.head.weight[1, 1] = 1.0, 1.0
+    left = (torch.arange(8) < 4).float().repeat(8)  # (N,)
+    planted = torch.stack([left * 2 + 1, 2 - left], 1)  # (N, 2): classes 0 and 1
+    plain = model.forward_features
+
+    def forward_features(images, *arguments):
+        tokens, maps = plain(images, *arguments)
+        return torch.cat([torch.zeros(len(images), 1, 8), torch.cat([planted, torch.zeros(64, 6)], 1).expand(
+            len(images), 64, 8)], 1), maps
+
+    model.forward_features = forward_features
+    found = study.causes(model, Boxed(np.zeros(64)))
+    assert (found["accuracy_all"], found["accuracy_object"], found["accuracy_background"]) == (100, 100, 0)
+    assert found["inside_class_map"] == pytest.approx(3)
+    assert 0.5 < found["inside_cls_map"] < 2
+
+
+@torch.no_grad()
+def test_causes_of_the_scores():
+    """Scores that are a code of the class vary between classes alone; scores that are noise hardly do."""
+    torch.manual_seed(0)
+    model = LCTR(4, 64, 8, 8, 1, 2).eval()
+    labels = np.arange(64) % 4
+    codes = torch.rand(4, 4)
+
+    def by_class(features, cls_map):
+        return codes[torch.tensor(labels[:len(features)])]
+
+    model.cdm.forward = by_class
+    assert study.causes(model, Boxed(labels))["score_variance_between"] == pytest.approx(100)
+    noise = torch.rand(64, 4)
+    model.cdm.forward = lambda features, cls_map: noise[:len(features)]
+    assert study.causes(model, Boxed(labels))["score_variance_between"] < 25
