@@ -2,8 +2,10 @@
 
     Y[b, c, p] = sum_{t, d} K_b[c, t, d] X[b, d, p + t] + bias[c]        K_b = sum_g S[b, g] W_g
 
-t runs over the k*k taps of the window around place p = (row, column), X is zero outside h x w. One operator, and for
-each use of it only what that use needs:
+    X x (B, D, h, w)    S scores (B, G)    W weight (G, C, D, k, k), k 1 or 3    bias (C)    Y (B, C, h, w)
+
+t runs over the k*k taps of the window around place p = (row, column), X is zero outside h x w (H x W in the code). One
+operator, and for each use of it only what that use needs:
     dynamic_conv2d        all C maps. K_b is mixed in registers, tile by tile: it never exists in memory.
     dynamic_conv_logits   the maps' mean over places. It commutes with the convolution: X is summed over the k*k shifted
                           windows (one read of X), and one GEMM with W, torch's, remains. No map is computed.
@@ -11,11 +13,11 @@ each use of it only what that use needs:
 
 x (B, D, h, w) may have any strides: the token view, whose channels lie together, is read without a copy. Maps and dX
 are written channels-last, as conv_kernel wants to read them. Sums are float32. No atomics: the same bits on every run.
-Shapes other than the batch are compile-time constants. Of a run-time integer Triton knows only whether 16 divides it:
-rows of C = 200 would be loaded 2 bytes at a time, and divisions by w would be real ones.
+Shapes other than the batch and K are compile-time constants. Of a run-time integer Triton knows only whether 16 divides
+it: rows of C = 200 would be loaded 2 bytes at a time, and divisions by w would be real ones.
 
-Limits: W is read again for every image, from L2. So conv_kernel saves the memory of the per-image kernels (177 MB at
-B = 128, C = 200, D = 384 in 16 bits), but no time over a grouped convolution with them.
+Limits: conv_kernel reads W again for every block of places of every image, from L2. So it saves the memory of the
+per-image kernels (177 MB at B = 128, C = 200, D = 384 in 16 bits), but no time over a grouped convolution with them.
 Run on Triton's interpreter and through the compilers for sm_80, sm_90 and gfx942; on no GPU yet.
 """
 
@@ -24,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dot_precision
+from . import dot_precision  # how tl.dot multiplies float32: "tf32x3", "tf32" or "ieee"
 
 # Tile sizes, some by bytes per element: what compiles without spills on sm_80 and sm_90 (benchmark.py --compile).
 BLOCKS = {
@@ -47,15 +49,16 @@ MAX_GROUP = 4  # kernels whose gradient tiles one program of conv_weight_kernel 
 @triton.jit
 def conv_kernel(
     x, scores, weight, bias, out,  # (B, IN, H, W); (B, G); (G, C, k*k, D) in memory; (C) or None; (B, H, W, OUT)
-    stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
-    stride_out: tl.constexpr, stride_in: tl.constexpr, stride_tap: tl.constexpr, stride_g: tl.constexpr,
+    stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,  # x's
+    stride_out: tl.constexpr, stride_in: tl.constexpr, stride_tap: tl.constexpr, stride_g: tl.constexpr,  # weight's
     H: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, G: tl.constexpr, KERNEL: tl.constexpr,
     DIRECTION: tl.constexpr,  # 1: the convolution, D channels to C. -1: its transpose, dX of dY, C channels to D.
     BLOCK_P: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """A program owns BLOCK_P places x BLOCK_OUT channels of one image's output: a GEMM over taps and channels in.
 
-    Tap t of the window reads place p + t (its transpose p - t) and multiplies it by the tile of K_b that it mixes.
+    Tap t of the window reads place p + t (its transpose p - t) and multiplies it by the tile of K_b that it mixes. So
+    each output is summed in registers and written once, and K_b is never written.
     """
     b = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -103,8 +106,8 @@ def conv_weight_kernel(
 ):
     """dW_g = sum_b S[b, g] dK_b and dS[b, g] = <W_g, dK_b>, with dK_b[c, t, d] = sum_p dY[b, c, p] X[b, d, p + t].
 
-    A program owns BLOCK_C x BLOCK_D of one tap, in BLOCK_G of the kernels: so each image's dK_b tile is formed once and
-    used for both. Its share of dS is a partial sum.
+    A program owns BLOCK_C x BLOCK_D of one tap, in BLOCK_G of the kernels: so it forms each image's dK_b tile once and
+    uses it for both, in all of them. Its share of dS is a partial sum.
     """
     tap = tl.program_id(2) % (KERNEL * KERNEL)
     g = tl.program_id(2) // (KERNEL * KERNEL) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -147,6 +150,7 @@ def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _launch_conv(out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, direction: int) -> None:
+    """x (B, IN, h, w), scores (B, G), weight (G, C, k*k, D) -> out (B, OUT, h, w), channels-last."""
     B, IN, H, W = x.shape
     G, C, taps, D = weight.shape
     OUT, stride_out, stride_in = (C, taps * D, 1) if direction == 1 else (D, 1, taps * D)
@@ -202,7 +206,7 @@ def dynamic_conv2d_grad_weight(grad: Tensor, x: Tensor, scores: Tensor, weight: 
         x, grad, scores, weight, grad_weight, partial, *x.stride(), *grad.stride(),
         B, H, W, C, D, G, round(taps**0.5), group, PRECISION=dot_precision(), **blocks,
     )
-    return grad_weight, partial.sum((0, 1, 2))
+    return grad_weight, partial.sum((0, 1, 2))  # (C blocks, D blocks, k*k, B, G) -> (B, G)
 
 
 @dynamic_conv2d_grad_weight.register_fake
@@ -257,7 +261,7 @@ def window_sums_kernel(
     D: tl.constexpr, H: tl.constexpr, W: tl.constexpr, KERNEL: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """sums[d, t] = the mean over p of X[d, p + t]. A program owns BLOCK_D channels of one image, with all k*k taps.
+    """sums[d, t] = the mean over p of X[d, p + t], or its padded pool. A program owns BLOCK_D channels, all k*k taps.
 
     As a product of the (tap, place) counts with X it reads X once, on the tensor cores.
     """
@@ -307,7 +311,7 @@ def window_sums_backward_kernel(
 
 @torch.library.custom_op(f"{__package__}::window_sums", mutates_args=())
 def window_sums(x: Tensor, kernel: int, padded: bool) -> Tensor:
-    """x (B, D, h, w) -> its means over the k*k windows (B, D, k*k): the torch path's x.flatten(2) @ window_weights."""
+    """x (B, D, h, w) -> its means over the k*k windows (B, D, k*k): all that the logits need of x."""
     B, D, H, W = x.shape
     sums = _sums_shape(x, kernel, padded)
     blocks = BLOCKS["window_sums_kernel"]
@@ -362,10 +366,10 @@ def class_products_kernel(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """products[(n, t), p] = sum_d K_b[classes[n], -t, d] X[d, p]: what place p gives to output place p + t.
+    """products[n, p] = sum_d K_b[c, -t, d] X[d, p] at pair n = (class c, tap t): what place p gives to Y's place p + t.
 
-    A program owns BLOCK_P places of one image, for BLOCK_K (class, tap) pairs side by side: X is not shifted but read
-    once, and adding up the k*k products where the taps point is left to the (small) output.
+    A program owns BLOCK_P places of one image, for BLOCK_K pairs side by side: X is not shifted but read once, and
+    torch's fold adds up the k*k products of each class where their taps point, on the (small) output.
     """
     b = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -1,5 +1,8 @@
 """The naive twins of the kernels: the paper's equations in plain torch, written to be read, nothing fused or saved.
 
+    B images    h x w = N patches, N+1 tokens with the class token first    S heads of d = D/S channels
+    D channels    C classes    G kernels of size k x k    K asked classes
+
 Same names and signatures as the public functions of `kernels`, so that a test is one line. Each computes in the dtype
 of its arguments (the tests give float64) and torch differentiates it.
 """
@@ -12,26 +15,29 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, relation: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Eq. 4 with its two maps: q, k, v (B, S, N+1, d) -> out (B, S, N+1, d), M^c (B, N+1), M^r (B, N) or None."""
-    attn = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
+    """Eq. 4 with its two maps: q, k, v (B, S, N+1, d) -> out (B, S, N+1, d), M_l^c (B, N+1), M_l^r (B, N) or None."""
+    attn = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
     cls_attn, patch_relation = aggregate_attention(attn)
     return attn @ v, cls_attn, patch_relation if relation else None
 
 
 def aggregate_attention(attn: Tensor) -> tuple[Tensor, Tensor]:
-    """RPAM (Fig. 3): A_l (B, S, N+1, N+1) -> M^c (B, N+1), M^r (B, N), the summand of Eq. 5."""
+    """RPAM (Fig. 3): A_l (B, S, N+1, N+1) -> M_l^c (B, N+1), M_l^r (B, N), the summand of Eq. 5."""
     mean = attn.mean(1)  # A'_l (B, N+1, N+1)
-    cls_attn = mean[:, 0]  # M^c (B, N+1)
-    patch_attn = mean[:, :, 1:]  # M^p (B, N+1, N)
-    weighted = cls_attn[:, :, None] * patch_attn  # M^h (B, N+1, N)
-    return cls_attn, weighted.mean(1)  # M^r (B, N)
+    cls_attn = mean[:, 0]  # M_l^c (B, N+1)
+    patch_attn = mean[:, :, 1:]  # M_l^p (B, N+1, N)
+    weighted = cls_attn[:, :, None] * patch_attn  # M_l^h (B, N+1, N): row i of all N+1 rows, times M_l^c[i]
+    return cls_attn, weighted.mean(1)  # M_l^r (B, N): 1/(N+1) sum_i
 
 
 def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Eq. 6: each image of x (B, D, h, w) convolved with its own kernel sum_g S_g W_g -> (B, C, h, w)."""
-    kernels = torch.einsum("bg,gcduv->bcduv", scores, weight)  # (B, C, D, k, k)
+    """Eq. 6: each image of x (B, D, h, w) convolved with its own kernel, zeros outside -> (B, C, h, w).
+
+    scores S_g (B, G), weight W_g^e (G, C, D, k, k), bias (C) or None, which no score weighs.
+    """
+    mixed = torch.einsum("bg,gcduv->bcduv", scores, weight)  # sum_g S_g W_g^e (B, C, D, k, k)
     padding = weight.shape[-1] // 2
-    return torch.stack([F.conv2d(image, kernel, bias, padding=padding) for image, kernel in zip(x, kernels)])
+    return torch.stack([F.conv2d(image, kernel, bias, padding=padding) for image, kernel in zip(x, mixed)])
 
 
 def dynamic_conv_logits(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, pool: str = "gap") -> Tensor:

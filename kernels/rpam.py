@@ -9,7 +9,8 @@ Two ways to M^c and M^r:
     aggregate_attention   from A in memory: one read of A, and one more for the gradient
     attention             from Q, K, V: flash attention, which never holds A, then a second pass over its columns
 
-B images, S heads, T = N+1 tokens, d channels a head. q, k, v (B, S, T, d) come as strided views of one projection.
+B images, S heads, T = N+1 tokens, d channels a head (D in the code). q, k, v (B, S, T, d) come as strided views of one
+projection. A head's stride is stride_s, a token's stride_t, A's row's and column's stride_i and stride_j.
 Sums, maps and logarithms are float32 whatever the inputs' type. No atomics: the same bits on every run.
 
 Limits: d at most 128. A's rows start at multiples of N+1 elements; where that is odd, as for N = 196, a load of A moves
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import dot_precision
+from . import dot_precision  # how tl.dot multiplies float32: "tf32x3", "tf32" or "ieee"
 
 # Tile sizes: what compiles without spills on sm_80 and sm_90 (benchmark.py --compile). Attention's go by the bytes of a
 # head's row of q: up to 256 (d = 128 in 16 bits, 64 in float32) or 512.
@@ -49,7 +50,8 @@ def aggregate_kernel(
 ):
     """A program owns BLOCK_J columns of one image and goes down their rows: so a column's sum needs no other program.
 
-    Row 0 is read again by each program, as the weights of the rows: (T / BLOCK_J) rows more than the T of A.
+    Row 0 is M^c: each program reads all of it for the weights of the rows, and its own columns of it once more. So a
+    head costs ceil(T / BLOCK_J) + 1 rows more than the T of A.
     """
     b = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -128,7 +130,7 @@ def _aggregate_shapes(attn):
 
 @torch.library.custom_op(f"{__package__}::aggregate_attention_backward", mutates_args=())
 def _aggregate_attention_backward(attn: Tensor, cls_attn: Tensor, grad_cls: Tensor, grad_relation: Tensor) -> Tensor:
-    """-> dA (B, T, T), the same for every head."""
+    """A (B, S, T, T), M^c (B, T), dM^c (B, T), dM^r (B, T-1) -> dA (B, T, T), the same for every head."""
     B, S, T, _ = attn.shape
     grad_attn = _aggregate_backward_shape(attn, cls_attn, grad_cls, grad_relation)
     grad_guide = torch.empty_like(cls_attn)
@@ -157,7 +159,7 @@ def _save_attention(ctx, inputs, output):
 def _aggregate_gradient(ctx, grad_cls, grad_relation):
     attn, cls_attn = ctx.saved_tensors
     grad_attn = _aggregate_attention_backward(attn, cls_attn, grad_cls, grad_relation)
-    return grad_attn[:, None].expand_as(attn)
+    return grad_attn[:, None].expand_as(attn)  # (B, T, T) -> (B, S, T, T)
 
 
 aggregate_attention.register_autograd(_aggregate_gradient, setup_context=_save_attention)
@@ -175,7 +177,8 @@ def attention_kernel(
     """A program owns BLOCK_I rows of one head's A: softmax runs along them, so they never leave the registers.
 
     It keeps the running maximum and sum of each row (flash attention) and saves their log2-sum-exp2, from which any
-    A[i, j] = exp2(scale q_i k_j - lse_i) comes back. The program of row 0 does that for the class row at once.
+    A_s[i, j] = exp2(scale q_i k_j - lse_i) comes back (Eq. 4). The program of row 0 at once writes A_s[0, j] so: over
+    the heads these rows' mean is M^c.
     """
     b, s = (tl.program_id(1) // S).to(tl.int64), tl.program_id(1) % S
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -266,12 +269,12 @@ def attention_relation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     blocks = BLOCKS["attention_kernel"][row_bytes]
     grid = (triton.cdiv(T, blocks["BLOCK_I"]), B * S)
     attention_kernel[grid](q, k, v, out, lse, cls_rows, *sizes, PRECISION=dot_precision(), **blocks)
-    cls_attn = cls_rows.mean(1)  # (B, T)
+    cls_attn = cls_rows.mean(1)  # M^c: (B, S, T) -> (B, T)
 
     blocks = BLOCKS["relation_kernel"][row_bytes]
     grid = (triton.cdiv(T, blocks["BLOCK_J"]), B * S)
     relation_kernel[grid](q, k, lse, cls_attn, columns, *sizes, PRECISION=dot_precision(), **blocks)
-    return out, cls_attn, columns[:, :, 1:].mean(1) / T
+    return out, cls_attn, columns[:, :, 1:].mean(1) / T  # M^r: (B, S, T-1) -> (B, T-1)
 
 
 @attention_relation.register_fake
