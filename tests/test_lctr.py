@@ -78,32 +78,19 @@ def test_the_three_kinds_of_attention_agree_and_full_is_a_softmax():
         assert cls[l].relation is None and cls[l].full is None and relation[l].full is None
 
 
-def test_training_gradient_is_that_of_materialised_attention():
-    model, x, labels = make(), images(), torch.tensor([3, 5])
-    gradients = []
-    for attention in ("cls", "full"):
-        model.zero_grad()
-        forward = model.forward_features
-        model.forward_features = lambda images, _, noise: forward(images, attention, noise)
-        F.cross_entropy(model(x), labels).backward()
-        del model.forward_features
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*gradients):
-        equal(a, b, 1e-10)
-    assert all(g.abs().max() > 0 for g in gradients[0])  # attention maps are not detached: everything learns
-
-
 def test_stochastic_depth_drops_whole_branches_more_often_in_later_blocks():
     model = make(drop_path=0.5).train()
     kept = model.stochastic_depth(4000, None)  # (B, L, 2)
     assert [kept[:, l].unique().tolist() for l in range(3)] == [[1.0], [0.0, pytest.approx(4 / 3)], [0.0, 2.0]]
     equal(kept.mean((0, 2)), torch.ones(3, dtype=kept.dtype), 0.05)
-    x = images()
-    all_dropped = model.forward_features(x, "cls", torch.zeros(2, 3, 2))[0]  # the first block's rate is 0
-    model.eval()
-    assert model.stochastic_depth(2, None) is None
-    model.blocks = model.blocks[:1]
-    equal(all_dropped, model.forward_features(x)[0])
+    x, noise = images(), torch.tensor([[[0.1, 0.9], [0.9, 0.1], [0.1, 0.9]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1]]])
+    tokens = model.embed(x)
+    for rate, block, drawn in zip((0, 0.25, 0.5), model.blocks, noise.unbind(1)):
+        attention_kept, mlp_kept = (drawn >= rate).double().T[:, :, None, None] / (1 - rate)  # each (B, 1, 1)
+        tokens = tokens + attention_kept * block.attn(block.norm1(tokens), "cls")[0]
+        tokens = tokens + mlp_kept * block.mlp(block.norm2(tokens))
+    equal(model.forward_features(x, "cls", noise)[0], model.norm(tokens))
+    assert model.eval().stochastic_depth(2, None) is None
 
 
 # ---------------------------------------------------------------- RPAM, CDM and the maps
@@ -154,6 +141,18 @@ def test_model_equals_the_equations(switches):
     found = model.localize(x, asked)
     assert torch.equal(found.classes, ids)
     equal(found.class_maps, torch.stack([m[c] for m, c in zip(maps, ids)]))
+
+
+@pytest.mark.parametrize("switches", [{}, {"erase": "minmax", "pool": "padded"}, {"head": "conv"}], ids=str)
+def test_training_gradient_is_that_of_the_equations(switches):
+    """All parameters learn; the CDM's gradient reaches the attention, whose maps are not detached."""
+    model, x, labels = make(**switches), images(), torch.tensor([3, 5])
+    expected = naive(model, x, **{k: v for k, v in switches.items() if k != "head"})[0]
+    gradients = [torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))
+                 for logits in (model(x), expected)]
+    for gradient, right in zip(*gradients):
+        assert right.abs().max() > 0
+        equal(gradient, right, 1e-10)
 
 
 def test_token_head_is_a_linear_layer_on_the_class_token():
@@ -343,6 +342,13 @@ def test_load_checkpoint_refuses_what_does_not_fit(tmp_path, changes, words):
     assert "best.pt" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["model", "classes", "phase"])
+def test_load_checkpoint_names_what_is_missing(tmp_path, key):
+    torch.save({name: value for name, value in checkpoint().items() if name != key}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=f"best.pt: no {key} in it"):
+        load_checkpoint(tmp_path / "best.pt")
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 1), at=st.floats(0, 1), junk=st.binary(min_size=1, max_size=40),
        kind=st.sampled_from(["cut", "write"]))
@@ -446,6 +452,12 @@ def test_a_grid_that_is_not_square_is_known_from_this_projects_config(tmp_path):
         equal(model.pos_embed[:, 1:].detach(), expected)
 
 
+def test_as_many_positions_without_a_config_are_the_same_grid(tmp_path):
+    path, state = saved_backbone(tmp_path, img_size=(8, 32))  # 2 x 8, which might have been 4 x 4
+    model = LCTR(3, **SIZE | {"img_size": (8, 32)})
+    assert not load_pretrained(model, path).resized and torch.equal(model.pos_embed, state["pos_embed"].float())
+
+
 @pytest.mark.parametrize("config", [
     None, {}, {"img_size": 24}, {"img_size": "12", "patch_size": 4}, {"img_size": [12], "patch_size": 4},
     {"img_size": 24, "patch_size": 0},
@@ -455,8 +467,9 @@ def test_a_config_that_says_no_grid_leaves_a_square_one(tmp_path, config):
     assert load_pretrained(LCTR(3, **SIZE), tmp_path / "vit.pth").resized == ["pos_embed"]
 
 
-def test_the_authors_checkpoint_is_scored_as_their_code_does(tmp_path):
-    model = make(img_size=16, embed_dim=64, num_heads=1, pool="padded", dtype=torch.float32)
+@pytest.mark.parametrize("scorer", ["separate", "gap", "gmp"])
+def test_the_authors_checkpoint_is_scored_as_their_code_does(tmp_path, scorer):
+    model = make(img_size=16, embed_dim=64, num_heads=1, pool="padded", scorer=scorer, dtype=torch.float32)
     renamed = {"cdm.conv.": "conv3x3.", "cdm.score_avg.": "CDM._routing_fn_two.fc.",
                "cdm.score_max.": "CDM._routing_fn_two.fc2.", "cdm.": "CDM."}
     state = {}
@@ -499,6 +512,12 @@ def test_safetensors_hold_the_same_numbers(tmp_path, dtype):
     assert all(torch.equal(model.state_dict()[key], value.float()) for key, value in state.items())
 
 
+def test_a_safetensors_file_cut_short_says_so(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(safetensors({"norm.weight": torch.ones(12)})[:-4])
+    with pytest.raises(ValueError, match="norm.weight: .* does not fit bytes 0 to 48 of 44"):
+        load_pretrained(LCTR(3, **SIZE), tmp_path / "x.safetensors")
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
 def test_a_damaged_safetensors_file_works_or_ends_in_one_line(tmp_path, at, byte, cut):
@@ -516,7 +535,7 @@ def test_a_damaged_safetensors_file_works_or_ends_in_one_line(tmp_path, at, byte
 
 @pytest.mark.parametrize("header", [
     *({"a\nb": {"dtype": dtype, "shape": shape, "data_offsets": offsets}} for dtype, shape, offsets in (
-        ("F32", [3], [0, 8]), ("F32", [2], [0, 800]), ("F32", [2], [-8, 0]), ("F32", [2], [0., 8.]), ("F32", [2], [0]),
+        ("F32", [3], [0, 8]), ("F32", [2], [0, 800]), ("F32", [1], [-8, -4]), ("F32", [2], [0., 8.]), ("F32", [2], [0]),
         ("F32", [-2], [8, 0]), ("F32", [-1, -2], [0, 8]), ("F32", [2**62], [0, 8]), ("F32", [2**70, 0], [0, 0]),
         ("F32", [2.0], [0, 8]), ("F32", 2, [0, 8]), ("F99", [2], [0, 8]), (["F32"], [2], [0, 8]))),
     {"a": {"dtype": "F32", "shape": [2]}}, {"a": 3}, [],
@@ -587,6 +606,25 @@ def test_export_writes_what_load_pretrained_takes(tmp_path, monkeypatch, capsys)
         call(monkeypatch, "--export", tmp_path / "a.pth", tmp_path / "none.pt")
     with pytest.raises(SystemExit, match="lctr.py: error: .*nowhere"):
         call(monkeypatch, "--export", tmp_path / "nowhere" / "a.pth", tmp_path / "best.pt")
+
+
+def test_an_exported_token_head_is_scored_by_name(tmp_path, monkeypatch):
+    sizes = dict(img_size=16, embed_dim=64, num_heads=1, head="token")
+    model = make(dtype=torch.float32, **sizes)
+    torch.save(checkpoint(model=model.state_dict(), config=CONFIG | sizes), tmp_path / "best.pt")
+    call(monkeypatch, "--export", tmp_path / "deit.pth", tmp_path / "best.pt")
+    x = images(2, (16, 16), torch.float32)
+    assert torch.equal(load_checkpoint(tmp_path / "deit.pth")[0](x), model(x))
+
+
+def test_a_picture_is_read_upright_at_the_size_asked(tmp_path):
+    pixels = torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8)  # (H, W, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # orientation: upside down
+    Image.fromarray(pixels.flip(0, 1).numpy()).save(tmp_path / "turned.png", exif=exif)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    equal(lctr.read_image(tmp_path / "turned.png", (12, 20))[0], ((pixels / 255 - mean) / std).permute(2, 0, 1), 1e-6)
+    assert lctr.read_image(tmp_path / "turned.png", (8, 16)).shape == (1, 3, 8, 16)
 
 
 def test_a_picture_that_cannot_be_read_ends_in_one_line(tmp_path, monkeypatch):
