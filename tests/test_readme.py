@@ -36,7 +36,7 @@ README = (ROOT / "README.md").read_text()
 RESULTS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "docs/results").glob("*.json"))}
 SOURCES = {path.name: path.read_text() for path in (*ROOT.glob("*.py"), *(ROOT / "kernels").glob("*.py"))}
 
-INDENTED, FENCED = re.compile(r"(?<=\n\n)(?: {4}.*\n+)+"), re.compile(r"^```.*\n((?:.*\n)*?)```$", re.MULTILINE)
+INDENTED, FENCED = re.compile(r"(?<=\n\n)(?: {4}.*\n)+"), re.compile(r"^```.*\n((?:.*\n)*?)```$", re.MULTILINE)
 BLOCKS = [textwrap.dedent(block) for block in INDENTED.findall(README) + FENCED.findall(README)]
 PROSE = FENCED.sub("", INDENTED.sub("", README))
 SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
