@@ -316,7 +316,7 @@ class LCTR(VisionTransformer):
         features = self.on_grid(tokens[:, 1:])  # X_L (B, D, h, w)
         if self.head_type == "cdm":
             operands = features, self.cdm(features, cls_map), self.cdm.weight, self.cdm.bias
-        else:  # a static convolution is Eq. 6 with one kernel, scored 1
+        else:  # a static convolution is Eq. 6 with one kernel (1, C, D, k, k), scored 1
             operands = features, features.new_ones(len(features), 1), self.head.weight[None], self.head.bias
         return kernels.dynamic_conv_logits(*operands, self.pool), operands  # GAP of Eq. 6, X_CDM never computed
 
@@ -338,7 +338,7 @@ class LCTR(VisionTransformer):
         if classes is None:
             classes = predicted
         elif every_class:
-            classes = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)
+            classes = torch.arange(logits.shape[1], device=logits.device).expand(len(logits), -1)  # (C) -> (B, C)
         else:
             classes = torch.where(classes < 0, predicted, classes)  # (B, K)
         if operands is None:
