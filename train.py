@@ -42,8 +42,8 @@ PAPER = dict(  # "Implementation Details", CUB-200-2011; the warm-up is the rele
 )
 RECIPES = {
     "synthetic": PAPER | dict(
-        arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, epochs=4, pretrain_epochs=4,
-        batch_size=32, lr=5e-4, pretrain_lr=1e-3, weight_decay=0.05, clip_grad=1.0,
+        arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, epochs=2, pretrain_epochs=6,
+        batch_size=32, lr=1e-3, pretrain_lr=1e-3, weight_decay=0.05, clip_grad=1.0, backbone_lr_scale=0.3,
     ),
     "cub": PAPER,
     "folder": PAPER,
