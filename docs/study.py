@@ -188,7 +188,7 @@ def run_all(flags: argparse.Namespace, extra: list[str], regimes: dict, tables: 
         try:
             if flags.data == "synthetic":
                 list(pool.map(pretrain, places))
-            jobs = [(place, row) for place in places for row in variants]
+            jobs = [(place, row) for row in variants for place in places]  # table after table
             list(pool.map(variant, *zip(*jobs)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
