@@ -3,13 +3,13 @@
     python docs/study.py all --jobs 2                                  # synthetic birds
     python docs/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
 
-Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two regimes, which differ
-in the image labels of the pretraining alone: species and palette (the class token covers the bird), or species alone (it
-looks at the head, the partial activation that the paper is about). Each seed has its own pretraining, shared by all of
-its variants. A run is a folder below --out: what is in it is not trained or measured again.
+Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two regimes, which
+differ in the image labels of the pretraining alone: species and palette (the class token covers the bird), or species
+alone (it looks at the head, the partial activation that the paper is about). Each seed has its own pretraining, shared
+by all of its variants. A run is a folder below --out: what is in it is not trained or measured again.
 
-How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to .90 (0.2 where there is
-no val split); test boxes choose nothing. A difference is paired: over the same test images and the same seeds; its
+How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to .90 (0.2 where there
+is no val split); test boxes choose nothing. A difference is paired: over the same test images and the same seeds; its
 interval is the bootstrap's over test images, with the seeds' hits averaged first, and so does not hold the spread over
 seeds, which stands beside it as a standard deviation.
 """
@@ -223,7 +223,7 @@ def spread(values: list[float]) -> dict:
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict:
-    """a - b in points, from hits (seeds, n): by seed, and the 95 % bootstrap interval over images of the seeds' mean."""
+    """a - b in points, from hits (seeds, n): their mean, its 95 % bootstrap interval over images, and each seed's."""
     by_image = 100 * (a.astype(float) - b).mean(0)  # (n,)
     counts = np.random.default_rng(0).multinomial(len(by_image), np.full(len(by_image), 1 / len(by_image)), DRAWS)
     low, high = np.quantile(counts @ by_image / len(by_image), (0.025, 0.975))

@@ -77,14 +77,15 @@ class Boxed:
     name, split = "boxed", "test"
 
     def __init__(self, labels):
-        self.labels, self.images = labels, torch.randn(len(labels), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        self.labels = labels
+        self.images = torch.randn(len(labels), 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return {"image": self.images[index], "label": int(self.labels[index]), "boxes": torch.tensor([[0.0, 0, 32, 64]]),
-                "size": (64, 64), "view": (0, 0, 64, 64), "index": index, "path": str(index)}
+        return {"image": self.images[index], "label": int(self.labels[index]), "index": index, "path": str(index),
+                "boxes": torch.tensor([[0.0, 0, 32, 64]]), "size": (64, 64), "view": (0, 0, 64, 64)}
 
 
 @torch.no_grad()
