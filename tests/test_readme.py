@@ -243,8 +243,7 @@ def exists(span: str) -> bool:
 
 
 PARAMETERS = set(inspect.signature(kernels.attention).parameters)
-METRICS = [found["metrics"] for found in RESULTS.values() if "metrics" in found]
-WORDS = {"auto", *PARAMETERS}.union(*CHOICES.values(), *map(keys, METRICS))
+WORDS = {"auto", *PARAMETERS, *keys(RESULTS)}.union(*CHOICES.values())
 
 
 def test_every_name_exists():
