@@ -44,6 +44,7 @@ RECIPES = {
     "synthetic": PAPER | dict(
         arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, epochs=2, pretrain_epochs=6,
         batch_size=32, lr=1e-3, pretrain_lr=1e-3, weight_decay=0.05, clip_grad=1.0, backbone_lr_scale=0.3,
+        drop_path=0.0,
     ),
     "cub": PAPER,
     "folder": PAPER,

@@ -273,7 +273,7 @@ def markdown(title: str, result: dict) -> str:
     def figure(value: dict) -> str:
         return f"{value['mean']:.1f}" + (f" ± {value['std']:.1f}" if value["std"] is not None else "")
 
-    lines = [f"### {title}", "", "| row | Top-1 Cls | Top-1 Loc | GT-known |", "| --- | ---: | ---: | ---: |"]
+    lines = [f"#### {title}", "", "| row | Top-1 Cls | Top-1 Loc | GT-known |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {name} | " + " | ".join(figure(row[key]) for key in ("top1_cls", "top1_loc", "gt_known")) + " |"
               for name, row in result["rows"].items()]
     lines += ["", "| difference, points | mean ± std over seeds | 95 % over images |", "| --- | ---: | ---: |"]
