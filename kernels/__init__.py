@@ -60,29 +60,38 @@ def attention(
         return rpam.attention_relation(q, k, v)
     map_dtype = torch.promote_types(q.dtype, torch.float32)
     if not relation:
-        return F.scaled_dot_product_attention(q, k, v), _class_row(q, k, map_dtype)[:, 0], None
+        return F.scaled_dot_product_attention(q, k, v), _class_row(q, k, map_dtype), None
 
-    # M^r is linear in A, so heads are summed one after another: A exists for as many as fit the cores' caches.
+    # M^r is linear in A, so A is taken piece by piece, as much as the cores' caches hold: images, or heads, or rows.
     B, S, T, d = q.shape
     cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()  # which Dynamo cannot trace
-    heads = cores * max(1, _CACHED_ELEMENTS // T**2)  # at a time, of as many images
+    rows = min(T, max(1, _CACHED_ELEMENTS // T))
+    heads = cores * max(1, _CACHED_ELEMENTS // T**2)
     images, heads = max(1, heads // S), min(S, heads)
     out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads, the next step, copies nothing
-    cls_attn, columns = q.new_empty(B, 1, T, dtype=map_dtype), q.new_zeros(B, 1, T, dtype=map_dtype)
-    scratch = q.new_empty(images * heads, T, T)  # fresh memory for each A would cost more than its products
+    cls_attn, columns = q.new_empty(B, T, dtype=map_dtype), q.new_zeros(B, heads, T, dtype=map_dtype)
+    scratch = q.new_empty(images * heads * rows, T)  # fresh memory for each piece would cost more than its products
     for image, head in itertools.product(range(0, B, images), range(0, S, heads)):
-        image = slice(image, image + images)
-        if head == 0:
+        image, head = slice(image, image + images), slice(head, head + heads)
+        if head.start == 0:
             cls_attn[image] = _class_row(q[image], k[image], map_dtype)
-        chunk = image, slice(head, head + heads)
-        q_, k_, v_ = (t[chunk].flatten(0, 1) for t in (q, k, v))  # (heads, T, d)
-        attn = scratch[: len(q_)]  # (heads, T, T)
-        torch.baddbmm(attn, q_, k_.mT, beta=0, alpha=1 / math.sqrt(d), out=attn)
-        torch.softmax(attn, -1, out=attn)
-        out[chunk] = (attn @ v_).view_as(out[chunk])
-        guide = cls_attn[image].to(q.dtype).repeat(1, 1, out[chunk].shape[1])  # (images, 1, heads * T)
-        columns[image] += guide @ attn.view(len(guide), -1, T)  # sum_i M^c[i] A[i, j]
-    return out, cls_attn[:, 0], columns[:, 0, 1:] / (S * T)
+        k_, v_ = k[image, head].flatten(0, 1).mT, v[image, head].flatten(0, 1)
+        for row in range(0, T, rows):
+            row = slice(row, row + rows)
+            q_ = q[image, head, row].flatten(0, 1)  # (images * heads, rows, d)
+            attn = scratch[: q_[..., 0].numel()].view(len(q_), -1, T)  # (images * heads, rows, T)
+            torch.baddbmm(attn, q_, k_, beta=0, alpha=1 / math.sqrt(d), out=attn)
+            torch.softmax(attn, -1, out=attn)
+            piece = out[image, head, row]  # (images, heads, rows, d)
+            if images == 1:
+                torch.bmm(attn, v_, out=piece[0])  # straight into its place
+            else:
+                piece.copy_((attn @ v_).view_as(piece))
+            guide = cls_attn[image, None, None, row].to(q.dtype).expand(-1, piece.shape[1], -1, -1)
+            columns[image, : piece.shape[1]].add_((guide.flatten(0, 1) @ attn).view(*piece.shape[:2], T))
+    # in one piece, allocated last: small tensors kept between large ones that are freed would keep the heap in shreds
+    maps = torch.cat([cls_attn, columns.sum(1)[:, 1:] / (S * T)], 1)  # (B, T + N)
+    return out, maps[:, :T], maps[:, T:]
 
 
 def aggregate_attention(attn: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -190,9 +199,9 @@ _CACHED_ELEMENTS = 2**18  # attention held at a time by a CPU core: 1 MiB of flo
 
 
 def _class_row(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
-    """M^c (B, 1, N+1): row 0 of A, head mean."""
+    """M^c (B, N+1): row 0 of A, head mean."""
     row = (q[:, :, :1].to(dtype) * k).sum(-1) / math.sqrt(q.shape[-1])  # (B, S, N+1): matmul would copy k and save it
-    return row.softmax(-1).mean(1, keepdim=True)
+    return row.softmax(-1).mean(1)
 
 
 def _known_backend(name: str | None) -> str | None:

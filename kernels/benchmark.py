@@ -3,7 +3,7 @@
     python -m kernels.benchmark                             # on a GPU, minutes: times, GB/s, share of the roofline
     python -m kernels.benchmark --traffic                   # anywhere, a minute: exact bytes against the least
     python -m kernels.benchmark --compile sm_80,sm_90       # anywhere, a minute a target: registers, instructions
-    python -m kernels.benchmark --end-to-end                # anywhere: LCTR against a plain ViT, 10 minutes on 2 cores
+    python -m kernels.benchmark --end-to-end                # anywhere, 8 minutes on 2 cores: LCTR against a plain ViT
     each with --json FILE: the rows of its table, as a list of objects
 
 The first three run the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --traffic runs them in
@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import platform
 import re
 import statistics
 import subprocess
@@ -29,8 +30,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 from unittest import mock
 
+import PIL
 import torch
 import torch.nn.functional as F
+from PIL import Image, JpegImagePlugin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -382,26 +385,25 @@ class PlainViT(VisionTransformer):
 
 
 class Work(NamedTuple):
-    """What both models do, DeiT-S on `batch` images, and what share of the floor's time or memory LCTR may take."""
+    """What both models do, DeiT-S on `batch` images."""
 
     task: str  # "train" or "localize"
     num_classes: int
     img_size: int
     batch: int
-    limit: float
 
     def __str__(self) -> str:
         return f"{self.task}, C={self.num_classes}, {self.batch} x {self.img_size} px"
 
 
 TIMED = (
-    Work("train", 200, 224, 32, 1.10),
-    Work("train", 1000, 224, 32, 1.15),
-    Work("localize", 200, 224, 32, 1.10),
-    Work("localize", 1000, 224, 32, 1.10),
-    Work("localize", 200, 448, 8, 1.15),
+    Work("train", 200, 224, 32),
+    Work("train", 1000, 224, 32),
+    Work("localize", 200, 224, 32),
+    Work("localize", 1000, 224, 32),
+    Work("localize", 200, 448, 8),
 )
-MEASURED = (Work("train", 200, 224, 32, 1.10), Work("localize", 200, 448, 8, 1.15))  # for memory
+MEASURED = (TIMED[0], TIMED[-1])  # for memory
 
 
 def prepare(work: Work, model: type[nn.Module]) -> Callable[[], None]:
@@ -448,7 +450,7 @@ def paired_seconds(floor: Callable[[], None], ours: Callable[[], None], repeats:
         first = seconds(ours) if i % 2 else None
         pairs.append((seconds(floor), first or seconds(ours)))
     floor, ours, ratio = (statistics.median(c) for c in zip(*((f, o, o / f) for f, o in pairs[1:])))
-    return {"floor": floor, "ours": ours, "ratio": ratio}
+    return {"lctr": ours, "floor": floor, "ratio": ratio}
 
 
 def operations(work: Work, model: type[nn.Module], backward: bool = False, **sizes) -> int:
@@ -479,46 +481,51 @@ def peak_memory(work: Work, model: type[nn.Module]) -> int:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM") - before
 
 
-def end_to_end(repeats: int = 5) -> list[dict]:
-    """A row per work and per way to load data: time or peak memory of the floor and of LCTR, median of paired ratios,
-    LCTR's images a second, and its matrix products' operations a second as a share of a large matrix product's.
+def row(work: str, unit: str, lctr: float, floor: float | None, ratio: float | None, images_per_s: float | None = None,
+        peak_share: float | None = None) -> dict:
+    """Of end_to_end's table; None where there is nothing to tell."""
+    return {"work": work, "ratio": ratio, "lctr": lctr, "floor": floor, "unit": unit, "images_per_s": images_per_s,
+            "peak_share": peak_share}
 
-    For the loader, one process on one core, the floor decodes JPEGs at full scale.
-    """
+
+def end_to_end(repeats: int) -> tuple[dict, list[dict]]:
+    """The machine; and a row per work, its memory, and way to load data: LCTR's figure and the floor's, median of their
+    paired ratios, LCTR's images a second, and its matrix products' operations a second as a share of a large one's."""
     device, size, dtype = ("cuda", 8192, torch.bfloat16) if torch.cuda.is_available() else ("cpu", 2048, torch.float32)
     repeats *= 10 if device == "cuda" else 1
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     rate = 2 * size**3 / statistics.median([seconds(lambda: matrix @ matrix) for _ in range(10)][1:])  # operations/s
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}: {dtype} matmul at {rate / 1e12:.3g} TFLOP/s", flush=True)
+    about = {"machine": machine(), "matmul": f"{dtype}, {rate / 1e12:.3g} TFLOP/s",
+             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, Pillow {PIL.__version__}"}
 
     rows = []
     for work in TIMED:
         print(work, "...", file=sys.stderr, flush=True)
         measured = paired_seconds(prepare(work, PlainViT), prepare(work, LCTR), repeats)
         count = operations(work, LCTR, backward=work.task == "train")
-        rows.append({"work": str(work), "unit": "s", **measured, "limit": work.limit,
-                     "images_per_s": work.batch / measured["ours"], "peak_share": count / measured["ours"] / rate})
+        rows.append(row(str(work), "s", **measured, images_per_s=work.batch / measured["lctr"],
+                        peak_share=count / measured["lctr"] / rate))
     for work in MEASURED:
-        print(work, "memory ...", file=sys.stderr, flush=True)
+        print(f"{work}: memory ...", file=sys.stderr, flush=True)
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
-            floor, ours = (pool.submit(peak_memory, work, model).result() / 2**30 for model in (PlainViT, LCTR))
-        rows.append({"work": f"{work}, memory", "unit": "GiB", "floor": floor, "ours": ours, "ratio": ours / floor,
-                     "limit": work.limit, "images_per_s": None, "peak_share": None})
-    return rows + loading(repeats)
+            ours, floor = (pool.submit(peak_memory, work, model).result() / 2**20 for model in (LCTR, PlainViT))
+        rows.append(row(f"{work}: memory", "MiB", ours, floor, ours / floor))
+    return about, rows + loading(repeats)
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")  # Linux
+    name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return f"{name[1] if name else platform.machine()}, {torch.get_num_threads()} threads on {os.cpu_count()} cores"
 
 
 def loading(repeats: int, count: int = 64) -> list[dict]:
-    """end_to_end's rows for data: milliseconds a sample."""
-    from PIL import Image, JpegImagePlugin
-
-    def row(work: str, floor: float | None, ours: float, ratio: float | None, limit: float | None) -> dict:
-        return {"work": work, "unit": "ms", "floor": floor and 1e3 * floor / count, "ours": 1e3 * ours / count,
-                "ratio": ratio, "limit": limit, "images_per_s": count / ours, "peak_share": None}
-
-    print("loading ...", file=sys.stderr, flush=True)
+    """end_to_end's rows for data, milliseconds a sample in one process on one core; the floor decodes at full scale."""
     rows, threads = [], torch.get_num_threads()
+    print("loading ...", file=sys.stderr, flush=True)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         pictures = pathlib.Path(folder, "train", "bird")
@@ -535,13 +542,12 @@ def loading(repeats: int, count: int = 64) -> list[dict]:
                 with mock.patch.object(JpegImagePlugin.JpegImageFile, "draft", lambda *_: None):
                     load()
 
-            measured = paired_seconds(load_in_full, load, repeats)
-            rows.append(row(f"load 500x375 JPEG for {img_size} px", **measured, limit=None))
-    birds = statistics.median(
-        seconds(lambda: [data.draw_bird(0, i) for i in range(count)]) for _ in range(repeats)
-    )
+            lctr, floor, ratio = paired_seconds(load_in_full, load, repeats).values()
+            rows.append(row(f"load a 500x375 JPEG for {img_size} px", "ms", 1e3 * lctr / count, 1e3 * floor / count,
+                            ratio, count / lctr))
+    birds = statistics.median(seconds(lambda: [data.draw_bird(0, i) for i in range(count)]) for _ in range(repeats))
     torch.set_num_threads(threads)
-    return [*rows, row("draw a 64 px bird", None, birds, None, None)]
+    return [*rows, row("draw a 64 px bird", "ms", 1e3 * birds / count, None, None, count / birds)]
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -562,7 +568,8 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--traffic", action="store_true", help="count bytes in the interpreter")
     mode.add_argument("--compile", metavar="TARGETS", help=f"comma-separated, of {', '.join(SHARED_MEMORY)}")
-    mode.add_argument("--end-to-end", action="store_true", help="LCTR against a plain ViT")
+    mode.add_argument("--end-to-end", action="store_true",
+                      help="LCTR against a plain ViT in time and memory, and the loader; 8 minutes on 2 idle cores")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs per row of --end-to-end")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     args = parser.parse_args()
@@ -575,10 +582,12 @@ def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1" if args.traffic else "0"  # before triton is imported
     if args.repeats < 1:
         parser.error(f"--repeats: got {args.repeats}, need 1 or more")
+    about = {}
     if args.traffic:
         rows = traffic()
     elif args.end_to_end:
-        rows = end_to_end(args.repeats)
+        about, rows = end_to_end(args.repeats)
+        print(*about.values(), sep="; ")
     elif targets:
         rows = compiled(targets)
     elif torch.cuda.is_available():
@@ -591,7 +600,7 @@ def main() -> None:
         print_table(rows)
     if args.json:
         partial = pathlib.Path(f"{args.json}.partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n")
+        partial.write_text(json.dumps([row | about for row in rows], indent=1) + "\n")
         partial.replace(args.json)
 
 

@@ -30,7 +30,7 @@ def relation(N: int) -> int:
                          [("train", 200, 224, 1.08), ("train", 1000, 224, 1.09), ("localize", 200, 224, 1.10),
                           ("localize", 1000, 224, 1.10), ("localize", 200, 448, 1.10)])
 def test_operations_are_the_least(task, num_classes, img_size, limit):
-    work, N = Work(task, num_classes, img_size, 2, limit), (img_size // 16) ** 2
+    work, N = Work(task, num_classes, img_size, 2), (img_size // 16) ** 2
     floor, ours = operations(work, PlainViT), operations(work, LCTR)
     assert floor == 2 * (backbone(N) + 2 * D * num_classes)
     assert ours == 2 * (backbone(N) + additions(N, num_classes) + relation(N) * (task == "localize"))
@@ -41,7 +41,7 @@ def test_operations_are_the_least(task, num_classes, img_size, limit):
 @pytest.mark.parametrize("num_classes", (200, 1000))
 def test_backward_is_twice_the_forward(num_classes):
     """But for what needs no gradient: the images', and the window sums' constant factors."""
-    work, N = Work("train", num_classes, 224, 2, None), 196
+    work, N = Work("train", num_classes, 224, 2), 196
     twice = 3 * operations(work, LCTR) - 2 * (2 * N * 3 * 16 * 16 * D + 2 * N * D * k * k)
     assert operations(work, LCTR, backward=True) == twice
 
