@@ -57,6 +57,7 @@ BENCHMARK = """if True:
     small, launches = benchmark.Shape(S=1, d=16, h=2, w=3, D=16, C=3, G=2), benchmark.recorded_launches
     benchmark.traffic.__defaults__ = benchmark.times.__defaults__ = small, torch.bfloat16
     benchmark.SHAPES, benchmark.recorded_launches = (small,), lambda *case: launches(*case)[:1]
+    benchmark.TIMED = benchmark.MEASURED = [benchmark.Work(task, 3, 32, 1) for task in ("train", "localize")]
     benchmark.main()"""
 
 
@@ -128,7 +129,8 @@ def test_command(command, place, monkeypatch):
             ended = subprocess.run([sys.executable, "-c", BENCHMARK, *flags], capture_output=True, text=True,
                                    env=os.environ | {"PYTHONPATH": str(ROOT)})
             if flags or torch.cuda.is_available():
-                assert ended.returncode == 0 and "kernel" in ended.stdout, ended.stderr
+                column = "images_per_s" if "--end-to-end" in flags else "kernel"
+                assert ended.returncode == 0 and column in ended.stdout, ended.stderr
             else:
                 assert ended.returncode == 1 and "no GPU" in ended.stderr
         case ["python", "docs/study.py", *flags]:
@@ -393,6 +395,15 @@ def check_compile(section: str, header: list[str], rows: list[list[str]]) -> Non
     assert shown_is(" ".join(shared), *most)
 
 
+def check_speed(section: str, header: list[str], rows: list[list[str]]) -> None:
+    measured = RESULTS["end_to_end"]
+    assert measured["command"] in section and measured["machine"] in " ".join(section.split())
+    for row, (work, ratio, lctr, floor, unit, images_per_s) in zip(measured["rows"], rows, strict=True):
+        assert (work, unit) == (row["work"], row["unit"])
+        for cell, key in ((ratio, "ratio"), (lctr, "lctr"), (floor, "floor"), (images_per_s, "images_per_s")):
+            assert cell == "" if row[key] is None else shown_is(cell, row[key]), (work, key)
+
+
 def test_the_compiled_kernels_are_the_shipped_ones():
     pytest.importorskip("triton")
     from kernels import cdm, rpam
@@ -403,7 +414,7 @@ def test_the_compiled_kernels_are_the_shipped_ones():
             assert any({f"{key}={value}" for key, value in shipped.items()} <= config for config in configs), name
 
 
-CHECKS = {"map": check_run, "kernel/tensor": check_traffic, "kernel/sm_80": check_compile}
+CHECKS = {"map": check_run, "kernel/tensor": check_traffic, "kernel/sm_80": check_compile, "work": check_speed}
 WORDS_ONLY = ("paper", "point", "kernel (`kernels/`)", "the paper's", "`--coupling`", "faults tried", "symptom")
 
 
