@@ -83,7 +83,7 @@ def attention(
             torch.baddbmm(attn, q_, k_, beta=0, alpha=1 / math.sqrt(d), out=attn)
             torch.softmax(attn, -1, out=attn)
             piece = out[image, head, row]  # (images, heads, rows, d)
-            if images == 1:
+            if images == 1 and not torch.compiler.is_compiling():  # Dynamo refuses an out that is strided
                 torch.bmm(attn, v_, out=piece[0])  # straight into its place
             else:
                 piece.copy_((attn @ v_).view_as(piece))

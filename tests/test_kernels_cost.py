@@ -1,8 +1,12 @@
-"""What LCTR costs over a plain ViT, in operations counted rather than timed; and that torch.compile takes it whole."""
+"""What LCTR costs over a plain ViT, in operations and memory counted rather than timed; that torch.compile takes it
+whole; and that attention comes out the same in whatever pieces torch computes it."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
+from kernels import reference
 from kernels.benchmark import PlainViT, Work, operations
 from lctr import LCTR
 
@@ -61,3 +65,58 @@ def test_compiles_in_one_graph():
     model.eval()
     for classes in (None, "all", torch.tensor([[0, -1], [4, 2], [-1, 1]])):
         torch.testing.assert_close(localize(images, classes), model.localize(images, classes))
+
+
+# at 17 tokens and 3 heads, elements of A that are held at a time: two images (the third alone), one, two heads (the
+# third alone), one, 7 rows (the last 3 alone), one row
+PIECES = (2 * 3 * 17**2, 3 * 17**2, 2 * 17**2, 17**2, 7 * 17, 1)
+
+
+@pytest.mark.parametrize("elements", PIECES)
+def test_localize_compiles_in_pieces(elements, monkeypatch):
+    monkeypatch.setattr(kernels, "_CACHED_ELEMENTS", elements)
+    torch.manual_seed(0)
+    model = LCTR(5, img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3).eval()
+    images = torch.randn(3, 3, 32, 32)
+    localize = torch.compile(model.localize, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(localize(images), model.localize(images))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("threads", (1, 2))
+@pytest.mark.parametrize("elements", PIECES)
+def test_attention_in_pieces_equals_its_twin(elements, threads, dtype, monkeypatch):
+    """With u the dtype's unit roundoff, a logit l loses l u, so A loses 2 l u relatively, and each of the passes through
+    the dtype u: A itself, M^c as weights, the result. Sums of 64 products and fewer: another 64 roundings of float32."""
+    monkeypatch.setattr(kernels, "_CACHED_ELEMENTS", elements)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 17, 3, 3, 8).to(dtype).permute(2, 0, 3, 1, 4)
+    exact = reference.attention(q.double(), k.double(), v.double(), relation=True)
+    of_sizes = reference.attention(q.double(), k.double(), v.double().abs(), relation=True)  # nothing cancels
+    largest = (q.double().abs() @ k.double().abs().mT / 8**0.5).max().item()
+    u = torch.finfo(dtype).eps / 2
+    bound = (4 * largest + 4) * u + 64 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for actual, expected, size in zip(kernels.attention(q, k, v, relation=True, backend="torch"), exact, of_sizes):
+        assert actual.shape == expected.shape and not actual.isnan().any()
+        assert ((actual.double() - expected).abs() / size).max() <= bound
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_localisation_never_holds_a_heads_attention(threads, monkeypatch):
+    """At 448 px, of the S matrices of a block not even one exists whole."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            output = function(*args, **kwargs or {})
+            largest = max(largest, output.untyped_storage().nbytes() // output.element_size())
+            return output
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    T = 28 * 28 + 1
+    q, k, v = (torch.empty(1, T, S, D // S, device="meta").transpose(1, 2) for _ in range(3))
+    with Watch():
+        kernels.attention(q, k, v, relation=True, backend="torch")
+    assert T * D <= largest < T**2

@@ -343,7 +343,7 @@ def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
 
 def test_resume_with_other_flags_lists_the_differences(finished, capsys):
     line = fails(capsys, *TINY, "--out", finished, "--resume", "--lr", 0.5, "--scorer", "gap", "--workers", 1)
-    assert "--lr was 0.0005, is 0.5" in line and "--scorer was 'separate', is 'gap'" in line and "--workers" not in line
+    assert f"--lr was {train.RECIPES['synthetic']['lr']}, is 0.5" in line and "--scorer was 'separate', is 'gap'" in line and "--workers" not in line
 
 
 def test_a_run_is_never_overwritten(finished, capsys):
