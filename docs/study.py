@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import evaluate
 import kernels
+from kernels.benchmark import machine
 from lctr import LCTR, load_checkpoint, mean_over_blocks
 
 TABLES = {  # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
                 title = f"{f'Table {table}' if table.isdigit() else table}, {regime}"
                 known[title] = {"command": f"python docs/study.py {' '.join(argv)}",
                                 "commit": commit.stdout.strip(), "date": str(datetime.date.today()),
-                                "seeds": flags.seeds, **result}
+                                "machine": machine(), "seeds": flags.seeds, **result}
                 print(f"\n{markdown(title, result)}")
         evaluate.write_text(results, json.dumps(known, indent=1))
     except (ValueError, RuntimeError, OSError) as error:

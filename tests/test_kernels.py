@@ -412,8 +412,8 @@ def test_operators_pass_torchs_own_checks():
 
 
 @pytest.mark.parametrize("name", list(arguments()))
-def test_compiles_in_one_graph(name):
-    """torch.compile(fullgraph=True), forward and backward, without a code generator so that no compiler is needed."""
+def test_compiles_in_one_graph(name, compile_whole):
+    """Forward and backward."""
     inputs = arguments()[name]
     leaves = [t for t in inputs if t.requires_grad]
 
@@ -423,7 +423,7 @@ def test_compiles_in_one_graph(name):
         return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
 
     function = getattr(kernels, name)
-    for plain, compiled in zip(run(function), run(torch.compile(function, fullgraph=True, backend="aot_eager"))):
+    for plain, compiled in zip(run(function), run(compile_whole(function))):
         torch.testing.assert_close(plain, compiled)
 
 

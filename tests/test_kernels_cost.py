@@ -50,13 +50,12 @@ def test_backward_is_twice_the_forward(num_classes):
     assert operations(work, LCTR, backward=True) == twice
 
 
-def test_compiles_in_one_graph():
-    """fullgraph=True raises where torch.compile would break the graph; without a code generator, so that no compiler
-    is needed. In training with stochastic depth, gradients included, and in localize."""
+def test_compiles_in_one_graph(compile_whole):
+    """In training with stochastic depth, gradients included, and in localize."""
     torch.manual_seed(0)
     model = LCTR(5, img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, drop_path=0.5)
     images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 2, 2)
-    forward, localize = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (model, model.localize))
+    forward, localize = map(compile_whole, (model, model.localize))
 
     def gradients(logits):
         return [logits, *torch.autograd.grad(logits.logsumexp(1).sum(), list(model.parameters()))]
@@ -73,13 +72,12 @@ PIECES = (2 * 3 * 17**2, 3 * 17**2, 2 * 17**2, 17**2, 7 * 17, 1)
 
 
 @pytest.mark.parametrize("elements", PIECES)
-def test_localize_compiles_in_pieces(elements, monkeypatch):
+def test_localize_compiles_in_pieces(elements, monkeypatch, compile_whole):
     monkeypatch.setattr(kernels, "_CACHED_ELEMENTS", elements)
     torch.manual_seed(0)
     model = LCTR(5, img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3).eval()
     images = torch.randn(3, 3, 32, 32)
-    localize = torch.compile(model.localize, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(localize(images), model.localize(images))
+    torch.testing.assert_close(compile_whole(model.localize)(images), model.localize(images))
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16), ids=str)
