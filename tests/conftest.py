@@ -11,8 +11,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 @pytest.fixture
 def compile_whole():
-    """torch.compile that raises where it would break the graph; without a code generator, so that no compiler is needed.
-    What earlier tests compiled would count towards the limit of recompilations."""
+    """torch.compile that raises where it would break the graph; without a code generator, which would need a
+    compiler. What earlier tests compiled would count towards the limit of recompilations."""
     torch.compiler.reset()
     yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.compiler.reset()

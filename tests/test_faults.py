@@ -1,4 +1,4 @@
-"""Broken input through the command line functions: each fault ends in one line that names it, and leaves nothing broken."""
+"""Broken input through the command line functions: each ends in one line that names it, and leaves nothing broken."""
 
 import json
 import os

@@ -84,8 +84,8 @@ def test_localize_compiles_in_pieces(elements, monkeypatch, compile_whole):
 @pytest.mark.parametrize("threads", (1, 2))
 @pytest.mark.parametrize("elements", PIECES)
 def test_attention_in_pieces_equals_its_twin(elements, threads, dtype, monkeypatch):
-    """With u the dtype's unit roundoff, a logit l loses l u, so A loses 2 l u relatively, and each of the passes through
-    the dtype u: A itself, M^c as weights, the result. Sums of 64 products and fewer: another 64 roundings of float32."""
+    """With u the dtype's unit roundoff, a logit l loses l u, so A loses 2 l u relatively, and each pass through the
+    dtype u: A itself, M^c as weights, the result. Sums of 64 products and fewer: another 64 roundings of float32."""
     monkeypatch.setattr(kernels, "_CACHED_ELEMENTS", elements)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     torch.manual_seed(0)
