@@ -302,7 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root")
     parser.add_argument("--limit-test", type=count, help="score that many images of val and test")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="JSON to add the tables to (default: study.json in --out)")
+    parser.add_argument("--results", type=Path, help="JSON to add the tables to; .md beside it (default: study.json in --out)")
     argv = sys.argv[1:] if argv is None else argv
     flags, extra = parser.parse_known_args(argv)
     tables = list(TABLES) if flags.table == "all" else [flags.table]
@@ -313,18 +313,25 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_all(flags, extra, regimes, tables)
         known = json.loads(results.read_text()) if results.exists() else {}
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        about = {"command": f"python docs/study.py {' '.join(argv)}", "commit": commit(),
+                 "date": str(datetime.date.today()), "machine": machine(), "seeds": flags.seeds}
         for regime in regimes:
             for table in tables:
-                result = tabulate(table, Runs(flags.out, regime, flags.seeds))
-                title = f"{f'Table {table}' if table.isdigit() else table}, {regime}"
-                known[title] = {"command": f"python docs/study.py {' '.join(argv)}",
-                                "commit": commit.stdout.strip(), "date": str(datetime.date.today()),
-                                "machine": machine(), "seeds": flags.seeds, **result}
-                print(f"\n{markdown(title, result)}")
+                name = f"Table {table}" if table.isdigit() else table
+                title = ", ".join(filter(None, (name, regime, " ".join(extra))))
+                known[title] = about | tabulate(table, Runs(flags.out, regime, flags.seeds))
+                print(f"\n{markdown(title, known[title])}")
         evaluate.write_text(results, json.dumps(known, indent=1))
+        page = [f"{markdown(title, result)}\n\n    {result['command']}\n" for title, result in known.items()]
+        evaluate.write_text(results.with_suffix(".md"), "\n".join(page))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"study.py: error: {error}")
+
+
+def commit() -> str:
+    """Of the code; empty without git or a repository, of which the shell makes no exception."""
+    found = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
     assert capsys.readouterr().out == first
     assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
 
-    results = json.loads((tmp_path / "study.json").read_text())["Table 7, species"]
+    ((title, results),) = json.loads((tmp_path / "study.json").read_text()).items()
+    assert title == f"Table 7, species, {' '.join(TINY[2:])}"  # other recipes stand beside, not in place of it
+    tables, page = study.markdown(title, results), (tmp_path / "study.md").read_text()
+    assert tables in page and tables in first and results["command"] in page
     assert results["rows"].keys() == {"1 x 1", "3 x 3"} and results["seeds"] == 1 and results["commit"]
     measured = json.loads((tmp_path / "species" / "seed0" / "default" / "measured.json").read_text())
     assert results["rows"]["3 x 3"]["gt_known"]["mean"] == measured["couplings"]["relation"]["gt_known"]
