@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lctr import LCTR
+import data
+import evaluate
+from lctr import LCTR, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--limit-test 24 --img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 1 "
@@ -36,6 +38,15 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
     measured = json.loads((tmp_path / "species" / "seed0" / "default" / "measured.json").read_text())
     assert results["rows"]["3 x 3"]["gt_known"]["mean"] == measured["couplings"]["relation"]["gt_known"]
     assert measured["causes"]["accuracy_own_scores"] == pytest.approx(measured["top1_cls"])
+    model = load_checkpoint(tmp_path / "species" / "seed0" / "default" / "last.pt")[0]
+    curves = {}
+    for split in ("val", "test"):
+        scores = evaluate.score(model, data.load_dataset("synthetic", None, split, 32, limit=24))
+        curves[split] = evaluate.summarise(scores, 0)["couplings"]
+    for coupling, found in measured["couplings"].items():
+        val, test = (curves[split][coupling]["gt_known_curve"] for split in ("val", "test"))
+        assert val[round(100 * found["threshold"])] == max(val[1:91]) and 0.01 <= found["threshold"] <= 0.9
+        assert test[round(100 * found["threshold"])] == pytest.approx(found["gt_known"])
     pretrained = torch.load(tmp_path / "species" / "seed0" / "pretraining" / "pretrained.pt", weights_only=True)
     assert len(pretrained["model"]["classifier.bias"]) == 9  # species alone: no output for the palette
 
