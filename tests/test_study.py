@@ -24,11 +24,13 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
     command = ["7", *TINY, "--seeds", "1", "--regime", "species", "--out", str(tmp_path)]
     study.main(command)
     first = capsys.readouterr().out
-    runs = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    written = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz")}
+    runs = written()
     assert {path.parent.name for path in runs} == {"pretraining", "kernel-size-1", "default"}
+    assert {path.parent.name for path in runs if path.name == "pretrained.pt"} == {"pretraining"}
     study.main([*command, "--results", str(tmp_path / "again.json")])
     assert capsys.readouterr().out == first
-    assert runs == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
+    assert runs == written()
 
     ((title, results),) = json.loads((tmp_path / "study.json").read_text()).items()
     assert title == f"Table 7, species, {' '.join(TINY[2:])}"  # other recipes stand beside, not in place of it
@@ -39,14 +41,15 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
     assert results["rows"]["3 x 3"]["gt_known"]["mean"] == measured["couplings"]["relation"]["gt_known"]
     assert measured["causes"]["accuracy_own_scores"] == pytest.approx(measured["top1_cls"])
     model = load_checkpoint(tmp_path / "species" / "seed0" / "default" / "last.pt")[0]
-    curves = {}
-    for split in ("val", "test"):
-        scores = evaluate.score(model, data.load_dataset("synthetic", None, split, 32, limit=24))
-        curves[split] = evaluate.summarise(scores, 0)["couplings"]
+    val, test = (evaluate.score(model, data.load_dataset("synthetic", None, split, 32, limit=24))
+                 for split in ("val", "test"))
     for coupling, found in measured["couplings"].items():
-        val, test = (curves[split][coupling]["gt_known_curve"] for split in ("val", "test"))
-        assert val[round(100 * found["threshold"])] == max(val[1:91]) and 0.01 <= found["threshold"] <= 0.9
-        assert test[round(100 * found["threshold"])] == pytest.approx(found["gt_known"])
+        curve = evaluate.summarise(val, 0)["couplings"][coupling]["gt_known_curve"]
+        assert curve[round(100 * found["threshold"])] == max(curve[1:91])
+        expected = evaluate.summarise(test, found["threshold"])["couplings"][coupling]
+        assert found["gt_known"] == pytest.approx(expected["gt_known"])
+        assert found["top1_loc"] == pytest.approx(expected["top1_loc"])
+    assert (study.THRESHOLDS[0], study.THRESHOLDS[-1], len(study.THRESHOLDS)) == (0.01, 0.9, 90)
     pretrained = torch.load(tmp_path / "species" / "seed0" / "pretraining" / "pretrained.pt", weights_only=True)
     assert len(pretrained["model"]["classifier.bias"]) == 9  # species alone: no output for the palette
 
@@ -103,16 +106,19 @@ class Boxed:
 
 
 @torch.no_grad()
-def test_causes_of_a_known_model():
-    """A 1 x 1 head whose maps hold class 0 inside the box and class 1 outside, and twice as much of it inside."""
+@pytest.mark.parametrize("kernel_size", (1, 3))
+def test_causes_of_a_known_model(kernel_size):
+    """A head whose maps hold class 0 inside the box and class 1 outside. Where the kernels are 3 x 3, class 0's reads
+    the patch on the left: at the box's edge, a patch outside holds it too and is no background."""
     torch.manual_seed(0)
-    model = LCTR(2, 64, 8, 8, 1, 2, head="conv", kernel_size=1).eval()
+    model = LCTR(2, 64, 8, 8, 1, 2, head="conv", kernel_size=kernel_size).eval()
     model.head.weight.zero_()
     model.head.bias.zero_()
     model.norm.weight.zero_()
-    model.head.weight[0, 0], model.head.weight[1, 1] = 1.0, 1.0
+    centre = kernel_size // 2
+    model.head.weight[0, 0, centre, 0], model.head.weight[1, 1, centre, centre] = 1.0, 1.0
     left = (torch.arange(8) < 4).float().repeat(8)  # (N,)
-    planted = torch.stack([left * 2 + 1, 2 - left], 1)  # (N, 2): classes 0 and 1
+    planted = torch.stack([left * 29 + 1, 2 - left], 1)  # (N, 2): classes 0 and 1
     plain = model.forward_features
 
     def forward_features(images, *arguments):
@@ -123,23 +129,26 @@ def test_causes_of_a_known_model():
     model.forward_features = forward_features
     found = study.causes(model, Boxed(np.zeros(64)))
     assert (found["accuracy_all"], found["accuracy_object"], found["accuracy_background"]) == (100, 100, 0)
-    assert found["inside_class_map"] == pytest.approx(3)
+    assert found["inside_class_map"] == pytest.approx({1: 30, 3: (3 * 30 / 4) / ((30 + 3) / 4)}[kernel_size])
     assert 0.5 < found["inside_cls_map"] < 2
 
 
 @torch.no_grad()
 def test_causes_of_the_scores():
-    """Scores that are a code of the class vary between classes alone; scores that are noise hardly do."""
+    """Scores that are a code of the class vary between classes alone; scores that are noise hardly do. Kernel g knows
+    class g alone, so that their mean, the same for every image, says one class of four."""
     torch.manual_seed(0)
     model = LCTR(4, 64, 8, 8, 1, 2).eval()
     labels = np.arange(64) % 4
-    codes = torch.rand(4, 4)
-
-    def by_class(features, cls_map):
-        return codes[torch.tensor(labels[:len(features)])]
-
-    model.cdm.forward = by_class
-    assert study.causes(model, Boxed(labels))["score_variance_between"] == pytest.approx(100)
+    model.norm.weight.zero_()
+    model.norm.bias.fill_(1)
+    model.cdm.weight.zero_()
+    model.cdm.weight[range(4), range(4), :, 1, 1] = 1.0
+    model.cdm.bias[0] = 0.1
+    model.cdm.forward = lambda features, cls_map: torch.eye(4)[torch.tensor(labels[:len(features)])]
+    found = study.causes(model, Boxed(labels))
+    assert found["score_variance_between"] == pytest.approx(100)
+    assert (found["accuracy_own_scores"], found["accuracy_mean_scores"]) == (100, 25)
     noise = torch.rand(64, 4)
     model.cdm.forward = lambda features, cls_map: noise[:len(features)]
     assert study.causes(model, Boxed(labels))["score_variance_between"] < 25
