@@ -49,6 +49,9 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
         expected = evaluate.summarise(test, found["threshold"])["couplings"][coupling]
         assert found["gt_known"] == pytest.approx(expected["gt_known"])
         assert found["top1_loc"] == pytest.approx(expected["top1_loc"])
+        hits = np.load(tmp_path / "species" / "seed0" / "default" / "measured.npz")
+        assert [100 * hits[key].mean() for key in (f"{coupling} gt_known", f"{coupling} top1_loc", "top1_cls")] == \
+            pytest.approx([found["gt_known"], found["top1_loc"], measured["top1_cls"]])
     assert (study.THRESHOLDS[0], study.THRESHOLDS[-1], len(study.THRESHOLDS)) == (0.01, 0.9, 90)
     pretrained = torch.load(tmp_path / "species" / "seed0" / "pretraining" / "pretrained.pt", weights_only=True)
     assert len(pretrained["model"]["classifier.bias"]) == 9  # species alone: no output for the palette
