@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 from PIL import Image
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -13,6 +12,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 def compile_whole():
     """torch.compile that raises where it would break the graph; without a code generator, which would need a
     compiler. What earlier tests compiled would count towards the limit of recompilations."""
+    import torch
+
     torch.compiler.reset()
     yield lambda function: torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.compiler.reset()
