@@ -15,6 +15,7 @@ Three identities make the torch paths fast:
 """
 
 import contextlib
+import itertools
 import math
 import os
 
@@ -61,31 +62,34 @@ def attention(
     if not relation:
         return F.scaled_dot_product_attention(q, k, v), _class_row(q, k, map_dtype), None
 
-    # M^r is linear in A, so A is taken piece by piece, as much as the cores' caches hold: some images, or rows of one.
+    # M^r is linear in A, so A is taken piece by piece, what the cores' caches hold: for each core one head, several if
+    # they are small, or some rows of a large one. A piece is of heads of one image, or of all heads of several.
     B, S, T, d = q.shape
     cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()  # which Dynamo cannot trace
-    elements = cores * _CACHED_ELEMENTS
-    images, rows = min(B, max(1, elements // (S * T * T))), min(T, max(1, elements // (S * T)))
+    heads = cores * max(1, _CACHED_ELEMENTS // T**2)
+    images, heads = min(B, max(1, heads // S)), min(S, heads)
+    rows = math.ceil(T / math.ceil(T**2 / _CACHED_ELEMENTS))
+    cls_attn = _class_row(q, k, map_dtype)  # (B, T)
     out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads, the next step, copies nothing
-    cls_attn, columns = q.new_empty(B, T, dtype=map_dtype), q.new_zeros(B, S, T, dtype=map_dtype)
-    scratch = q.new_empty(images * S * rows, T)  # fresh memory for each piece would cost more than its products
-    for image in range(0, B, images):
-        image = slice(image, image + images)
-        cls_attn[image] = _class_row(q[image], k[image], map_dtype)
-        k_, v_ = k[image].flatten(0, 1).mT, v[image].flatten(0, 1)  # (images * S, d, T), (images * S, T, d)
+    columns = q.new_zeros(B, S, T, dtype=map_dtype)
+    scratch = q.new_empty(images * heads * rows, T)  # fresh memory for each piece would cost more than its products
+    for image, head in itertools.product(range(0, B, images), range(0, S, heads)):
+        image, head = slice(image, image + images), slice(head, head + heads)
+        k_, v_ = k[image, head].flatten(0, 1).mT, v[image, head].flatten(0, 1)  # (images * heads, d, T) and (.., T, d)
         for row in range(0, T, rows):
             row = slice(row, row + rows)
-            q_ = q[image, :, row].flatten(0, 1)  # (images * S, rows, d)
-            attn = scratch[: q_[..., 0].numel()].view(len(q_), -1, T)  # (images * S, rows, T)
+            q_ = q[image, head, row].flatten(0, 1)  # (images * heads, rows, d)
+            attn = scratch[: q_[..., 0].numel()].view(len(q_), -1, T)  # (images * heads, rows, T)
             torch.baddbmm(attn, q_, k_, beta=0, alpha=1 / math.sqrt(d), out=attn)
             torch.softmax(attn, -1, out=attn)
-            piece = out[image, :, row]  # (images, S, rows, d)
+            piece = out[image, head, row]  # (images, heads, rows, d)
             if images == 1 and not torch.compiler.is_compiling():  # Dynamo refuses an out that is strided
                 torch.bmm(attn, v_, out=piece[0])  # straight into its place
             else:
                 piece.copy_((attn @ v_).view_as(piece))
-            guide = cls_attn[image, None, None, row].to(q.dtype).expand(-1, S, -1, -1)  # (images, S, 1, rows)
-            columns[image].add_((guide.flatten(0, 1) @ attn).view(-1, S, T))
+            guide = cls_attn[image, None, None, row].to(q.dtype).expand(-1, piece.shape[1], -1, -1)
+            column = columns[image, head]  # (images, heads, T)
+            column.add_((guide.flatten(0, 1) @ attn).view_as(column))
     # in one piece, allocated last: small tensors kept between large ones that are freed would keep the heap in shreds
     maps = torch.cat([cls_attn, columns.sum(1)[:, 1:] / (S * T)], 1)  # (B, T + N)
     return out, maps[:, :T], maps[:, T:]
@@ -192,7 +196,7 @@ def class_maps(
     return maps if bias is None else maps + bias[classes][:, :, None, None]
 
 
-_CACHED_ELEMENTS = 2**19  # attention held at a time by a CPU core: 2 MiB of float32, its share of L2 and L3
+_CACHED_ELEMENTS = 5 * 2**17  # attention held at a time by a CPU core: 2.5 MiB of float32, its share of L2 and L3
 
 
 def _class_row(q: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:

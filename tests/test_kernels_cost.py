@@ -66,9 +66,9 @@ def test_compiles_in_one_graph(compile_whole):
         torch.testing.assert_close(localize(images, classes), model.localize(images, classes))
 
 
-# at 17 tokens and 3 heads, elements of A that are held at a time: two images (the third alone), one, 12 rows of one
-# (the last 5 alone), 7 (the last 3 alone), one
-PIECES = (2 * 3 * 17**2, 3 * 17**2, 3 * 12 * 17, 3 * 7 * 17, 1)
+# at 17 tokens, 3 heads and 1 core, elements of A that are held at a time: 2 images (the third alone), 1, 2 heads (the
+# third alone), 1, 9 rows of it (then 8), 6 (the third time 5), 1
+PIECES = (2 * 3 * 17**2, 3 * 17**2, 2 * 17**2, 17**2, 12 * 17, 7 * 17, 1)
 
 
 @pytest.mark.parametrize("elements", PIECES[:-1])  # Dynamo takes half a minute to unroll single rows
@@ -100,9 +100,18 @@ def test_attention_in_pieces_equals_its_twin(elements, threads, dtype, monkeypat
         assert ((actual.double() - expected).abs() / size).max() <= bound
 
 
+def test_pieces_are_summed_in_float32(monkeypatch):
+    """Where A is uniform each of a thousand rows adds as much: in bfloat16 the sum would stay at 256 of them."""
+    monkeypatch.setattr(kernels, "_CACHED_ELEMENTS", 1)
+    q = torch.zeros(1, 1, 1024, 8, dtype=torch.bfloat16)
+    relation = kernels.attention(q, q, q, relation=True, backend="torch")[2]
+    torch.testing.assert_close(1024**2 * relation, torch.ones(1, 1023))
+
+
+@pytest.mark.parametrize("side", (28, 64))
 @pytest.mark.parametrize("threads", (1, 2))
-def test_localisation_never_holds_a_blocks_attention(threads, monkeypatch):
-    """At 448 px, no tensor is larger than the features or the piece of A that the cores' caches hold."""
+def test_localisation_never_holds_a_blocks_attention(threads, side, monkeypatch):
+    """At 448 and 1024 px, no tensor is larger than the features or the piece of A that the cores' caches hold."""
     largest = 0
 
     class Watch(TorchDispatchMode):
@@ -114,8 +123,9 @@ def test_localisation_never_holds_a_blocks_attention(threads, monkeypatch):
             return output
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    T = 28 * 28 + 1
+    T = side**2 + 1
     q, k, v = (torch.empty(1, T, S, D // S, device="meta").transpose(1, 2) for _ in range(3))
     with Watch():
         kernels.attention(q, k, v, relation=True, backend="torch")
-    assert T * D <= largest <= threads * kernels._CACHED_ELEMENTS < S * T**2 / 3
+    features, piece = T * D, threads * kernels._CACHED_ELEMENTS
+    assert features <= largest <= max(features, piece) < S * T**2 / 2
