@@ -69,10 +69,10 @@ def attention(
     heads = cores * max(1, _CACHED_ELEMENTS // T**2)
     images, heads = min(B, max(1, heads // S)), min(S, heads)
     rows = math.ceil(T / math.ceil(T**2 / _CACHED_ELEMENTS))
-    cls_attn = _class_row(q, k, map_dtype)  # (B, T)
+    scratch = q.new_empty(images * heads * rows, T)  # fresh memory for each piece would cost more than its products
     out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads, the next step, copies nothing
     columns = q.new_zeros(B, S, T, dtype=map_dtype)
-    scratch = q.new_empty(images * heads * rows, T)  # fresh memory for each piece would cost more than its products
+    cls_attn = torch.cat([_class_row(*group, map_dtype) for group in zip(q.split(images), k.split(images))])  # (B, T)
     for image, head in itertools.product(range(0, B, images), range(0, S, heads)):
         image, head = slice(image, image + images), slice(head, head + heads)
         k_, v_ = k[image, head].flatten(0, 1).mT, v[image, head].flatten(0, 1)  # (images * heads, d, T) and (.., T, d)
