@@ -302,7 +302,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--root")
     parser.add_argument("--limit-test", type=count, help="score that many images of val and test")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
-    parser.add_argument("--results", type=Path, help="JSON to add the tables to; .md beside it (default: study.json in --out)")
+    parser.add_argument("--results", type=Path,
+                        help="JSON to add the tables to; .md beside it (default: study.json in --out)")
     argv = sys.argv[1:] if argv is None else argv
     flags, extra = parser.parse_known_args(argv)
     tables = list(TABLES) if flags.table == "all" else [flags.table]

@@ -262,7 +262,8 @@ ONE_USE = {
         "only weights": lambda saved: saved["model"],
     },
     "--checkpoint": {
-        "few classes": lambda saved: saved | {"classes": ["one"]}, "no classes": lambda saved: saved | {"classes": None},
+        "few classes": lambda saved: saved | {"classes": ["one"]},
+        "no classes": lambda saved: saved | {"classes": None},
         "no config": lambda saved: saved | {"config": None}, "empty config": lambda saved: saved | {"config": {}},
         "pretraining": lambda saved: saved | {"phase": "pretrain"},
         "few weights": lambda saved: saved | {"model": {"norm.weight": saved["model"]["norm.weight"]}},

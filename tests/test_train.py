@@ -70,7 +70,8 @@ def spawn(*arguments):
 
 def torchrun(*arguments):
     """(exit status, standard error) of train.py in two processes."""
-    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--device", "cpu", *arguments)
+    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--device", "cpu",
+                *arguments)
     try:
         return run.wait(120), run.stderr.read()
     finally:
@@ -87,7 +88,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} >= {
-        "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.jsonl", "gallery.png", "curve.png"}
+        "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.jsonl", "gallery.png",
+        "curve.png"}
     for name in ("gallery.png", "curve.png"):
         Image.open(finished / name).verify()
     assert not [path for path in finished.iterdir() if path.suffix not in (".json", ".jsonl", ".pt", ".png")]
@@ -156,7 +158,8 @@ def train_and_evaluate(name, root, out, capsys):
 
 def test_ilsvrc_as_the_challenge_lays_it_out(tmp_path, capsys):
     images, annotations = (tmp_path / "ILSVRC" / part / "CLS-LOC" for part in ("Data", "Annotations"))
-    words = {"n02123045": "tabby, tabby cat", "n01440764": "tench, Tinca tinca", "n02105855": "Shetland sheepdog, Shetland"}
+    words = {"n02123045": "tabby, tabby cat", "n01440764": "tench, Tinca tinca",
+             "n02105855": "Shetland sheepdog, Shetland"}
     (annotations / "val").mkdir(parents=True)
     number = 0
     for wnid in words:
@@ -193,8 +196,10 @@ def test_ilsvrc_as_the_challenge_lays_it_out(tmp_path, capsys):
 def test_a_folder_with_odd_names(tmp_path, capsys, boxes):
     root = tmp_path / "my data, ünïcode 鳥"
     for place, odd in {
-        "train/great tit/a b.JPG": {}, "train/great tit/grey.jpeg": {"mode": "L"}, "train/Ünïcode/鳥.PNG": {"form": "PNG"},
-        "train/Ünïcode/cmyk.Jpg": {"mode": "CMYK"}, "val/Ünïcode/v.png": {"form": "PNG"}, "val/great tit/v.png": {"form": "PNG"},
+        "train/great tit/a b.JPG": {}, "train/great tit/grey.jpeg": {"mode": "L"},
+        "train/Ünïcode/鳥.PNG": {"form": "PNG"},
+        "train/Ünïcode/cmyk.Jpg": {"mode": "CMYK"}, "val/Ünïcode/v.png": {"form": "PNG"},
+        "val/great tit/v.png": {"form": "PNG"},
         'test/great tit/a, "b".jpeg': {"mode": "L"}, "test/great tit/unboxed.tif": {"form": "TIFF"},
         "test/Ünïcode/鳥 2.JPG": {"mode": "CMYK"}, "test/Ünïcode/two.webp": {"form": "WEBP"},
     }.items():
@@ -209,8 +214,10 @@ def test_a_folder_with_odd_names(tmp_path, capsys, boxes):
     assert metrics["n"] == len(lines) == 4 and [line["label"] for line in lines] == [0, 0, 1, 1]
     assert [line["path"].rpartition("/")[2] for line in lines] == ['a, "b".jpeg', "unboxed.tif", "two.webp", "鳥 2.JPG"]
     if boxes == "none":
-        assert metrics["n_boxes"] == 0 and metrics["threshold"] == 0.2 and metrics["couplings"]["relation"]["gt_known"] is None
-        assert notes == ["2 of 2 val images have no box and are not scored", "4 of 4 test images have no box and are not scored"]
+        assert metrics["n_boxes"] == 0 and metrics["threshold"] == 0.2
+        assert metrics["couplings"]["relation"]["gt_known"] is None
+        assert notes == ["2 of 2 val images have no box and are not scored",
+                         "4 of 4 test images have no box and are not scored"]
     else:
         assert metrics["n_boxes"] == 3 and [len(line["boxes"]) for line in lines] == [1, 0, 2, 1]
         val = data.load_dataset("folder", root, "val", 32)
@@ -254,7 +261,8 @@ def test_a_killed_run_on_pretrained_weights(tmp_path, finished, kill_at, flags):
 
 
 @pytest.mark.parametrize("steps, flags", [
-    ([1], []), ([3], ["--checkpoint-every", 1]), ([5], []), ([7, 1], ["--checkpoint-every", 3]), ([10, 1, 1], ["--workers", 2]),
+    ([1], []), ([3], ["--checkpoint-every", 1]), ([5], []), ([7, 1], ["--checkpoint-every", 3]),
+    ([10, 1, 1], ["--workers", 2]),
 ])
 def test_a_killed_run_ends_as_one_never_stopped(tmp_path, finished, kill_at, steps, flags):
     for step in steps:
@@ -516,17 +524,23 @@ def test_defaults_are_the_papers():
     (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--lr", "x"], "--lr"),
     (["--weight-decay", "-1"], "--weight-decay"), (["--warmup-epochs", "inf"], "--warmup-epochs"),
     (["--label-smoothing", "1"], "--label-smoothing"), (["--drop-path", "1"], "--drop-path"),
-    (["--threshold", "1"], "--threshold"), (["--threshold", "best"], "--threshold"), (["--threshold", "-0.1"], "--threshold"),
+    (["--threshold", "1"], "--threshold"), (["--threshold", "best"], "--threshold"),
+    (["--threshold", "-0.1"], "--threshold"),
     (["--img-size", "60"], "--img-size"), (["--img-size", "0"], "--img-size"), (["--img-size", "64x"], "--img-size"),
-    (["--img-size", "64x64x3"], "--img-size"), (["--num-heads", "5"], "--num-heads"), (["--patch-size", "0"], "--patch-size"),
+    (["--img-size", "64x64x3"], "--img-size"), (["--num-heads", "5"], "--num-heads"),
+    (["--patch-size", "0"], "--patch-size"),
     (["--kernel-size", "5"], "--kernel-size"), (["--head", "gap"], "--head"), (["--scorer", "max"], "--scorer"),
     (["--amp", "int8"], "--amp"), (["--device", "quantum"], "--device"), (["--workers", "-1"], "--workers"),
     (["--seed", "-1"], "--seed"), (["--seed", str(2**64)], "--seed"), (["--max-steps", "0"], "--max-steps"),
     (["--limit-train", "0"], "--limit-train"),
-    (["--data", "imagenet"], "--data"), (["--data", "cub"], "--root"), (["--root", "birds"], "--root"), (["--colour"], "--colour"),
-    (["--pretrain-epochs", "-1"], "--pretrain-epochs"), (["--accumulate", "0"], "--accumulate"), (["--arch", "huge"], "--arch"),
-    (["--embed-dim", "9" * 20], "--embed-dim"), (["--depth", "9" * 9], "--depth"), (["--epochs", "9" * 400], "--epochs"),
-    (["--workers", "100000"], "--workers"), (["--device", "cuda:99"], "--device"), (["--img-size", "9" * 12], "--img-size"),
+    (["--data", "imagenet"], "--data"), (["--data", "cub"], "--root"), (["--root", "birds"], "--root"),
+    (["--colour"], "--colour"),
+    (["--pretrain-epochs", "-1"], "--pretrain-epochs"), (["--accumulate", "0"], "--accumulate"),
+    (["--arch", "huge"], "--arch"),
+    (["--embed-dim", "9" * 20], "--embed-dim"), (["--depth", "9" * 9], "--depth"),
+    (["--epochs", "9" * 400], "--epochs"),
+    (["--workers", "100000"], "--workers"), (["--device", "cuda:99"], "--device"),
+    (["--img-size", "9" * 12], "--img-size"),
     (["--checkpoint-every", "0"], "--checkpoint-every"), (["--eval-every", "0"], "--eval-every"),
 ])
 def test_wrong_flags_end_in_one_line_with_status_2(capsys, monkeypatch, flags, name):
