@@ -67,7 +67,7 @@ def attention(
     B, S, T, d = q.shape
     cores = 1 if torch.compiler.is_compiling() else torch.get_num_threads()  # which Dynamo cannot trace
     heads = cores * max(1, _CACHED_ELEMENTS // T**2)
-    images, heads = min(B, max(1, heads // S)), min(S, heads)
+    images, heads = max(1, min(B, heads // S)), min(S, heads)
     rows = math.ceil(T / math.ceil(T**2 / _CACHED_ELEMENTS))
     scratch = q.new_empty(images * heads * rows, T)  # fresh memory for each piece would cost more than its products
     out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads, the next step, copies nothing
