@@ -902,7 +902,9 @@ def draw_own(picture: Image.Image, heat: np.ndarray, box: Tensor, view: tuple, b
     """The whole picture, the map over the part that the network saw, the box, class and probability."""
     scale = min(max(1, 480 / max(picture.size)), 1280 / max(picture.size))
     picture = picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.BICUBIC)
-    corner = [round(scale * v) for v in view]
+    left, top, right, bottom = (round(scale * v) for v in view)
+    left, top = min(left, picture.width - 1), min(top, picture.height - 1)  # of a thin picture a pixel is left
+    corner = [left, top, max(right, left + 1), max(bottom, top + 1)]
     picture.paste(overlay(picture.crop(corner), heat), corner[:2])
     draw, unit = ImageDraw.Draw(picture), max(2, max(picture.size) // 240)
     draw_box(draw, box * scale, GREEN, unit)

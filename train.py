@@ -162,7 +162,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"argument --{str(error).replace('_', '-', 1)}")
     if flags.amp == "auto":
-        flags.amp = "off" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        on_card = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        flags.amp = "off" if device.type == "cpu" else "bf16" if on_card else "fp16"
     if flags.workers is None:
         flags.workers = 0 if device.type == "cpu" or flags.data == "synthetic" else min(8, os.cpu_count() or 1)
     flags.out = flags.out or f"runs/{flags.data}-{flags.head}-seed{flags.seed}"
@@ -395,6 +396,9 @@ def find_saved(flags: argparse.Namespace, config: dict) -> dict | None:
         for former in (path.parent / "best.pt", path.parent / "log.jsonl"):
             if former.exists():
                 evaluate.write_atomic(out / former.name, lambda file: file.write(former.read_bytes()))
+        evaluate.write_atomic(last, lambda file: file.write(path.read_bytes()))
+        if saved["phase"] == "main" and not (out / "best.pt").exists():  # the file came alone
+            evaluate.write_atomic(out / "best.pt", lambda file: file.write(path.read_bytes()))
     return saved | {"path": path}
 
 
@@ -488,8 +492,6 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if "WORLD_SIZE" in os.environ:
             on_cuda = flags.device.startswith("cuda")
-            if on_cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if on_cuda else "gloo")
         train(flags)
         if dist.is_initialized():

@@ -229,7 +229,7 @@ def dot_precision() -> str:
     """How Triton multiplies float32 tiles: "tf32x3", as exact as float32, unless torch too may use plain TF32."""
     if torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _check_dtypes(**tensors: Tensor | None) -> None:
