@@ -162,8 +162,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(f"argument --{str(error).replace('_', '-', 1)}")
     if flags.amp == "auto":
-        on_card = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        flags.amp = "off" if device.type == "cpu" else "bf16" if on_card else "fp16"
+        flags.amp = ("off" if device.type == "cpu" else
+                     "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16")
     if flags.workers is None:
         flags.workers = 0 if device.type == "cpu" or flags.data == "synthetic" else min(8, os.cpu_count() or 1)
     flags.out = flags.out or f"runs/{flags.data}-{flags.head}-seed{flags.seed}"
@@ -391,14 +391,16 @@ def find_saved(flags: argparse.Namespace, config: dict) -> dict | None:
                    for name, value in config.items() if name not in FREE_FLAGS and saved["config"].get(name) != value]
     if differences:
         raise ValueError(f"--resume: flags differ from those of {path}: {'; '.join(differences)}")
+    if elsewhere and dist.is_initialized():
+        dist.barrier()  # every process has seen that there was no last.pt
     if elsewhere and process()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for former in (path.parent / "best.pt", path.parent / "log.jsonl"):
+        best, log = path.parent / "best.pt", path.parent / "log.jsonl"
+        if saved["phase"] == "main" and not best.exists():
+            best = path  # it came alone
+        for former, name in ((best, "best.pt"), (log, "log.jsonl"), (path, "last.pt")):
             if former.exists():
-                evaluate.write_atomic(out / former.name, lambda file: file.write(former.read_bytes()))
-        evaluate.write_atomic(last, lambda file: file.write(path.read_bytes()))
-        if saved["phase"] == "main" and not (out / "best.pt").exists():  # the file came alone
-            evaluate.write_atomic(out / "best.pt", lambda file: file.write(path.read_bytes()))
+                evaluate.write_atomic(out / name, lambda file: file.write(former.read_bytes()))
     return saved | {"path": path}
 
 
@@ -491,8 +493,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it
     try:
         if "WORLD_SIZE" in os.environ:
-            on_cuda = flags.device.startswith("cuda")
-            dist.init_process_group("nccl" if on_cuda else "gloo")
+            dist.init_process_group("nccl" if flags.device.startswith("cuda") else "gloo")
         train(flags)
         if dist.is_initialized():
             dist.destroy_process_group()
