@@ -65,7 +65,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def progress(items: Sequence, label: str, show: bool = True) -> Iterator:
-    """Passes items through and says on standard error how many are done, the rate and the time left.
+    """Passes items through and says on standard error how many are done, rate and time left.
 
     On a terminal that is one line that overwrites itself; elsewhere a plain line every 30 s.
     """
@@ -132,7 +132,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def open_device(name: str | None) -> torch.device:
-    """The device of that name, opened; by default the GPU (one for each process of torchrun) or the CPU.
+    """The device of that name, opened; by default the GPU (each process of torchrun its own) or CPU.
 
     Raises ValueError, one short line, where there is no such device.
     """

@@ -28,3 +28,27 @@ def without_pictures():
         for name in ("draw_gallery", "draw_curve", "draw_failures"):
             patch.setattr(evaluate, name, lambda *_: Image.new("RGB", (1, 1)))
         yield
+
+
+@pytest.fixture
+def cub(tmp_path):
+    """CUB's official layout, in small."""
+    import helpers
+
+    return helpers.make_cub(tmp_path / "CUB_200_2011")
+
+
+@pytest.fixture
+def ilsvrc(tmp_path):
+    """ILSVRC's official layout, in small."""
+    import helpers
+
+    return helpers.make_ilsvrc(tmp_path / "ILSVRC")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder of one's own, in small."""
+    import helpers
+
+    return helpers.make_folder(tmp_path / "my data")

@@ -1,0 +1,223 @@
+"""What several test files build and compare: pictures, small data sets, checkpoints, runs of a script."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+from lctr import LCTR, MODEL_FLAGS
+
+ROOT = Path(__file__).parent.parent
+
+# ---------------------------------------------------------------- pictures
+
+
+def picture(path, size=(40, 30), colour=(200, 60, 30), **options):
+    """A picture of one colour, saved at `path`, whose folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path, **options)
+    return path
+
+
+def noise(seed, size=(24, 20)):
+    """A picture (width, height) of random colours."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8))
+
+
+# ---------------------------------------------------------------- data sets in small
+
+CUB_CLASSES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")
+
+
+def make_cub(root, draw=picture, classes=CUB_CLASSES):
+    """CUB's layout: 4 images a class, every other one to train on; box i is (i, 2, i+10, 22)."""
+    files = {name: [] for name in
+             ("images", "image_class_labels", "train_test_split", "bounding_boxes")}
+    for i in range(4 * len(classes)):
+        label = i // 4
+        name = f"{classes[label]}/{classes[label][4:]}_{i:04d}_{i * 7}.jpg"
+        draw(root / "images" / name)
+        rests = name, label + 1, 1 - i % 2, f"{i}.0 2.0 10.0 20.0"
+        for lines, rest in zip(files.values(), rests):
+            lines.append(f"{i + 1} {rest}\n")
+    files["classes"] = [f"{i} {name}\n" for i, name in enumerate(classes, 1)]
+    for name, lines in files.items():
+        (root / f"{name}.txt").write_text("".join(lines))
+    return root
+
+
+WNIDS = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus",
+         "n02012849": "crane"}
+
+
+def xml(wnid, *boxes, size="<size><width>50</width><height>40</height></size>"):
+    """ILSVRC's annotation of one image."""
+    sides = ("xmin", "ymin", "xmax", "ymax")
+    objects = "".join(
+        f"<object><name>{wnid}</name><difficult>0</difficult><bndbox>"
+        + "".join(f"<{side}>{value}</{side}>" for side, value in zip(sides, box))
+        + "</bndbox></object>" for box in boxes)
+    return f"<annotation><folder>val</folder>{size}{objects}</annotation>\n"
+
+
+def write_ilsvrc(images, annotations, flat, mapping=None):
+    """Official names; train has 2 images a class, val 2, with 1 and 2 boxes; all are 50 x 40."""
+    number = 0
+    for wnid in WNIDS:
+        for i in (10, 9):
+            picture(images / "train" / wnid / f"{wnid}_{i}.JPEG", (50, 40))
+        for boxes in [[(1, 2, 30, 40)], [(0, 0, 10, 10), (5, 6, 50, 40)]]:
+            number += 1
+            stem = f"ILSVRC2012_val_{number:08d}"
+            picture(images / "val" / ("" if flat else wnid) / f"{stem}.JPEG", (50, 40))
+            annotations.mkdir(parents=True, exist_ok=True)
+            (annotations / f"{stem}.xml").write_text(xml(wnid, *boxes))
+    if mapping:
+        lines = (f"{wnid} {words}\n" for wnid, words in reversed(WNIDS.items()))
+        mapping.write_text("".join(lines))
+
+
+def make_ilsvrc(root):
+    write_ilsvrc(root / "Data/CLS-LOC", root / "Annotations/CLS-LOC/val", True,
+                 root / "LOC_synset_mapping.txt")
+    return root
+
+
+def make_folder(root):
+    """A folder of one's own: names with spaces, quotes, other alphabets; grey and CMYK pictures."""
+    for name in ("train/chat noir/a b.JPG", "train/Ünïcode/猫.png", "test/chat noir/a, b.JPEG",
+                 'test/chat noir/the "cat".Png', "test/Ünïcode/猫 2.webp",
+                 "test/Ünïcode/unboxed.jpg", "val/Ünïcode/v.bmp"):
+        picture(root / name, (60, 40))
+    Image.new("CMYK", (60, 40)).save(root / "test/chat noir/a, b.JPEG")
+    Image.new("L", (60, 40)).save(root / "train/chat noir/grey.tif")
+    for name in ("train/chat noir/Thumbs.db", "train/.DS_Store", "train/chat noir/.hidden.jpg"):
+        (root / name).write_text("no image")
+    with open(root / "boxes.csv", "w", newline="") as file:
+        csv.writer(file).writerows([
+            ("path", "xmin", "ymin", "xmax", "ymax"),
+            ("test/chat noir/a, b.JPEG", 1, 2, 30.5, 40),
+            ('test/chat noir/the "cat".Png', 1, 1, 2, 2), ("test/Ünïcode/猫 2.webp", 0, 0, 60, 40),
+            ('test/chat noir/the "cat".Png', 3, 3, 9, 9), ("train/Ünïcode/猫.png", 4, 4, 8, 8),
+            ("val/Ünïcode/v.bmp", 1, 1, 9, 9)])
+    return root
+
+
+def same_samples(a, b):
+    """Whether two samples of a data set are equal, tensors bit for bit."""
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key]
+        for key in a)
+
+
+# ---------------------------------------------------------------- models and checkpoints
+
+SMALL_MODEL = dict(
+    img_size=16, patch_size=4, embed_dim=12, depth=2, num_heads=3, drop_path=0.0, head="cdm",
+    num_kernels=2, kernel_size=3, scorer="separate", erase="raw", pool="gap")
+
+
+def save_checkpoint(path, metrics=None, classes=tuple(data.SPECIES), **changes):
+    """A checkpoint as train.py writes it, of a small untrained model on the birds."""
+    config = SMALL_MODEL | dict(data="synthetic", root=None) | changes
+    torch.manual_seed(3)
+    model = LCTR(len(classes), **{flag: config[flag] for flag in MODEL_FLAGS})
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict(), "config": config, "classes": list(classes),
+                "phase": "main", "epoch": 1, "step": 1, "metrics": metrics or {}}, path)
+    return path
+
+
+class LayerScaleViT(torch.nn.Module):
+    """DINOv2's convention: each residual branch is multiplied by a vector."""
+
+    def __init__(self, D=12, heads=2, depth=3, patch=4, grid=(3, 5)):
+        super().__init__()
+        nn, self.heads, self.grid = torch.nn, heads, grid
+        self.cls_token = nn.Parameter(torch.randn(1, 1, D))
+        self.mask_token = nn.Parameter(torch.randn(1, D))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid[0] * grid[1], D))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, D, patch, patch)})
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            "norm1": nn.LayerNorm(D, eps=1e-6),
+            "attn": nn.ModuleDict({"qkv": nn.Linear(D, 3 * D), "proj": nn.Linear(D, D)}),
+            "ls1": nn.ParameterDict({"gamma": torch.randn(D)}),
+            "norm2": nn.LayerNorm(D, eps=1e-6),
+            "mlp": nn.ModuleDict({"fc1": nn.Linear(D, 4 * D), "fc2": nn.Linear(4 * D, D)}),
+            "ls2": nn.ParameterDict({"gamma": torch.randn(D)}),
+        }) for _ in range(depth))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+
+    def forward(self, x):
+        x = self.patch_embed["proj"](x).flatten(2).mT
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        attention = []
+        for block in self.blocks:
+            q, k, v = block["attn"]["qkv"](block["norm1"](x)).chunk(3, -1)
+            q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+            attention.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
+            out = (attention[-1] @ v).transpose(1, 2).flatten(2)
+            x = x + block["ls1"]["gamma"] * block["attn"]["proj"](out)
+            hidden = F.gelu(block["mlp"]["fc1"](block["norm2"](x)))
+            x = x + block["ls2"]["gamma"] * block["mlp"]["fc2"](hidden)
+        return self.norm(x), attention
+
+
+# ---------------------------------------------------------------- running the scripts
+
+
+def call(capsys, script, *flags):
+    """(exit status, standard output, standard error) of script.main(flags)."""
+    try:
+        status = script.main([str(flag) for flag in flags])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    if isinstance(status, str):  # python prints it and exits with 1
+        return 1, out, f"{err}{status}\n"
+    return status or 0, out, err
+
+
+def script_error(result, script, status=1):
+    """The one line on standard error with which a call() ended."""
+    found, _, err = result
+    prefix = f"{script.__name__}.py: error: "
+    assert (found, err.count("\n")) == (status, 1) and err.startswith(prefix), err
+    return err
+
+
+def error_of(function, *parts, error=data.DataError):
+    """The one line of the error that function() raises, in which all parts occur."""
+    with pytest.raises(error) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message and all(str(part) in message for part in parts), message
+    return message
+
+
+def spawn(*arguments, **environment):
+    """Another python, with as many threads as this one: their number decides how sums round."""
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=os.environ | threads | environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def torchrun(*arguments, script="train.py"):
+    """(exit status, standard error) of a script in two processes."""
+    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
+                "--device", "cpu", *arguments)
+    try:
+        return run.wait(120), run.stderr.read()
+    finally:
+        run.terminate()
