@@ -132,7 +132,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
 
 
 def open_device(name: str | None) -> torch.device:
-    """The device of that name, opened; by default the GPU (each process of torchrun its own) or CPU.
+    """The device of that name, opened; by default a GPU (each process of torchrun its own) or CPU.
 
     Raises ValueError, one short line, where there is no such device.
     """

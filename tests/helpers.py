@@ -1,4 +1,4 @@
-"""What several test files build and compare: pictures, small data sets, checkpoints, runs of a script."""
+"""What several test files build and compare: pictures, data sets, checkpoints, runs of a script."""
 
 import csv
 import os
@@ -106,7 +106,8 @@ def make_folder(root):
         csv.writer(file).writerows([
             ("path", "xmin", "ymin", "xmax", "ymax"),
             ("test/chat noir/a, b.JPEG", 1, 2, 30.5, 40),
-            ('test/chat noir/the "cat".Png', 1, 1, 2, 2), ("test/Ünïcode/猫 2.webp", 0, 0, 60, 40),
+            ('test/chat noir/the "cat".Png', 1, 1, 2, 2),
+            ("test/Ünïcode/猫 2.webp", 0, 0, 60, 40),
             ('test/chat noir/the "cat".Png', 3, 3, 9, 9), ("train/Ünïcode/猫.png", 4, 4, 8, 8),
             ("val/Ünïcode/v.bmp", 1, 1, 9, 9)])
     return root
