@@ -77,14 +77,14 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         val_scores = evaluate.score(model, load("val"))
     scores = evaluate.score(model, test)
     images, has = scores.images, scores.annotated
-    top1 = (images["top5"][:, 0] == images["label"])[has]
+    top1 = (images.top5[:, 0] == images.label)[has]
     found, hits = {"top1_cls": 100 * float(top1.mean()), "couplings": {}}, {"top1_cls": top1}
     for q, coupling in enumerate(scores.couplings):
         threshold = evaluate.DEFAULT_THRESHOLD
         if val_scores:
             curve = evaluate.summarise(val_scores, 0)["couplings"][coupling]["gt_known_curve"]
             threshold = max(THRESHOLDS, key=lambda t: curve[evaluate.THRESHOLDS.index(t)])
-        hit = images["iou"][has, q, evaluate.threshold_index(scores, threshold)] > evaluate.HIT
+        hit = images.iou[has, q, evaluate.threshold_index(scores, threshold)] > evaluate.HIT
         hits |= {f"{coupling} gt_known": hit, f"{coupling} top1_loc": hit & top1}
         found["couplings"][coupling] = {"threshold": threshold, "gt_known": 100 * float(hit.mean()),
                                         "top1_loc": 100 * float((hit & top1).mean())}

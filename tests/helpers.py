@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 import data
 from lctr import LCTR, MODEL_FLAGS
@@ -172,6 +173,51 @@ class LayerScaleViT(torch.nn.Module):
             hidden = F.gelu(block["mlp"]["fc1"](block["norm2"](x)))
             x = x + block["ls2"]["gamma"] * block["mlp"]["fc2"](hidden)
         return self.norm(x), attention
+
+
+# ---------------------------------------------------------------- boxes, naively
+
+
+def flood_fill(normalised: np.ndarray, threshold: float) -> list[tuple[int, tuple]]:
+    """(pixels, box) of each 8-connected component of one map, in order of first pixel."""
+    mask, found = normalised > np.asarray(threshold, normalised.dtype), []
+    for y, x in np.argwhere(mask):
+        if not mask[y, x]:
+            continue
+        stack, pixels = [(y, x)], []
+        mask[y, x] = False
+        while stack:
+            py, px = stack.pop()
+            pixels.append((py, px))
+            for ny in range(max(py - 1, 0), min(py + 2, mask.shape[0])):
+                for nx in range(max(px - 1, 0), min(px + 2, mask.shape[1])):
+                    if mask[ny, nx]:
+                        mask[ny, nx] = False
+                        stack.append((ny, nx))
+        ys, xs = zip(*pixels)
+        found.append((len(pixels), (min(xs), min(ys), max(xs) + 1, max(ys) + 1)))
+    return found
+
+
+def normalise(m: Tensor) -> np.ndarray:
+    low, high = m.min(), m.max()
+    return ((m - low) / (high - low)).numpy() if high > low else torch.zeros_like(m).numpy()
+
+
+def naive_boxes(maps: Tensor, thresholds: list[float]) -> Tensor:
+    rows = []
+    for m in maps:
+        for t in thresholds:
+            found = flood_fill(normalise(m), t)
+            whole = 0, 0, m.shape[1], m.shape[0]
+            rows.append(max(found, key=lambda f: f[0])[1] if found else whole)
+    return torch.tensor(rows).view(len(maps), len(thresholds), 4)
+
+
+def naive_iou(a, b) -> float:
+    overlap = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = sum(max(0, c[2] - c[0]) * max(0, c[3] - c[1]) for c in (a, b)) - overlap
+    return overlap / union if union > 0 else 0.0
 
 
 # ---------------------------------------------------------------- running the scripts

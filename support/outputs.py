@@ -1,0 +1,92 @@
+"""Which files a script may write: only its own are replaced. And the names of pictures found."""
+
+import itertools
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from support.common import write_json
+from support.figures import is_ours
+
+MANIFEST = "manifest.json"  # in each folder of outputs: {"written_by", "files"}
+WRITTEN_BY = "evaluate.py"
+RUN_FILES = ("last.pt", "best.pt", "pretrained.pt", "config.json", "log.jsonl")  # train.py's
+
+
+def listed(out: Path) -> set[str]:
+    """The files that the folder's manifest lists as the script's."""
+    try:
+        content = json.loads((out / MANIFEST).read_text())
+        return {MANIFEST, *content["files"]} if content["written_by"] == WRITTEN_BY else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def claim(folders: dict[Path, Sequence[str]], inputs: Sequence[Path] = ()) -> None:
+    """Makes the folders and lists the files about to be written in each one's manifest.
+
+    Raises ValueError, before anything is made, where a file is there that the script did not
+    write: a picture without its mark, another file that the manifest does not list; or an input.
+    """
+    inputs = {path.resolve() for path in inputs}
+    for out, names in folders.items():
+        known = listed(out)
+        for file in (out / name for name in (*names, MANIFEST)):
+            own = is_ours(file) if file.suffix == ".png" else file.name in known
+            if os.path.lexists(file) and (not own or file.resolve() in inputs):
+                what = "is an input" if own else "was not written by this script"
+                raise ValueError(f"--out: {printable(file)} exists and {what}, so it is not "
+                                 "replaced: need another folder")
+    for out, names in folders.items():
+        known = listed(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / MANIFEST, {
+            "written_by": WRITTEN_BY, "files": sorted({*known, *names} - {MANIFEST})})
+
+
+def printable(text: object) -> str:
+    """One line that any terminal shows: what it cannot is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in str(text))
+
+
+def output_names(paths: Sequence[Path]) -> list[str]:
+    """A picture's file name for each path: a.jpg and b/a.png become a.png and a-2.png."""
+    names, used = [], set()
+    for path in paths:
+        stem = path.stem
+        while len(os.fsencode(stem)) > 200:  # room for an ending within a file system's 255
+            stem = stem[:-1]
+        for ending in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
+            name = f"{stem}{ending}.png"
+            if name.casefold() not in used:  # some file systems ignore case
+                break
+        used.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def find_images(places: Sequence[str]) -> list[Path]:
+    """Files as given, and in folders, however deep, all with an ending that Pillow knows.
+
+    Pictures that this script wrote are not among those of a folder.
+    """
+    endings, found = Image.registered_extensions(), []
+    for place in map(Path, places):
+        if not place.is_dir():
+            found.append(place)
+            continue
+        found += [path for path in sorted(place.rglob("*"))
+                  if path.suffix.lower() in endings and path.is_file() and not is_ours(path)]
+    return found
+
+
+def run_names(paths: Sequence[str]) -> list[str]:
+    """A short name for each checkpoint: its folder's, with the file's where that is not enough."""
+    names = [Path(path).resolve().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}-{Path(path).stem}" for name, path in zip(names, paths)]
+    return names if len(set(names)) == len(names) else [f"{i}-{n}" for i, n in enumerate(names, 1)]

@@ -1,0 +1,117 @@
+"""Pictures: what can be computed of them. Each was looked at besides."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support import figures
+
+# Machado et al. (2009), full severity: linear RGB to what such a reader sees
+COLOUR_BLIND = {
+    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.3039]],
+}
+
+
+def lab(colour, reader):
+    """CIELAB of an sRGB colour as the reader sees it."""
+    c = np.asarray(colour) / 255
+    linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.array(COLOUR_BLIND[reader]) @ linear, 0, 1)
+    xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]] @ linear
+    f = np.cbrt(xyz / [0.95047, 1, 1.08883])
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("reader", COLOUR_BLIND)
+def test_the_two_boxes_and_the_map_differ_for_every_reader(reader):
+    """A difference of 10 is seen at a glance; green had 19 to the red and 8 to the map."""
+    cyan = lab(figures.CYAN, reader)
+    assert np.linalg.norm(cyan - lab(figures.RED, reader)) > 50
+    assert min(np.linalg.norm(cyan - lab(colour, reader)) for colour in figures.HEAT) > 25
+
+
+def test_heat_colours_grow_lighter():
+    values = figures.heat_colours(np.linspace(0, 1, 50)).astype(float)
+    assert (np.diff(values @ (0.299, 0.587, 0.114)) > 0).all()
+
+
+def test_evenly_spread_positions():
+    assert figures.evenly(100, 4) == [12, 37, 62, 87]
+    assert figures.evenly(2, 8) == [0, 1] and figures.evenly(0, 3) == []
+
+
+def test_a_picture_written_here_is_known_again(tmp_path):
+    picture = Image.new("RGB", (9, 9))
+    figures.write_png(tmp_path / "ours.png", picture)
+    picture.save(tmp_path / "theirs.png")
+    (tmp_path / "text.png").write_text("no picture")
+    found = [figures.is_ours(tmp_path / f"{name}.png") for name in ("ours", "theirs", "text", "no")]
+    assert found == [True, False, False, False]
+
+
+@pytest.mark.parametrize("name, written", [
+    ("red finch", "red finch"),
+    ("café", "café"),  # Pillow's own font
+    ("Щегол", "Щегол"),  # a system font has it, or the fallback below
+    ("two\nlines\tof  text", "two lines of text"),
+    ("e\u0301te", "e\u0301te"),
+    ("", "class 17"),
+    ("\U000f0000", "class 17"),  # private use: no font has it
+    ("a\U000f0000b", "class 17"),
+    ("\udcff.jpg", "?.jpg"),  # bytes that are no UTF-8
+    ("\x07bell", "class 17"),
+])
+def test_names_in_any_script(name, written):
+    found = figures.writable(name, "class 17")
+    assert found in {written, "class 17" if not written.isascii() else written}
+    assert not figures.missing_glyphs(figures.font(16, found), found)
+
+
+def test_a_name_that_no_font_has_loses_its_accents_first(monkeypatch):
+    monkeypatch.setattr(figures, "font_file", lambda missing: None)
+    figures.font.cache_clear()
+    figures.writable.cache_clear()
+    try:
+        assert figures.writable("ḫaṭṭi", "class 17") == "hatti"
+        assert figures.writable("猫", "class 17") == "class 17"
+    finally:
+        figures.font.cache_clear()
+        figures.writable.cache_clear()
+
+
+ROWS = [{"step": s, "loss": 2 / s, "epoch": s // 10} for s in range(1, 40)]
+
+
+@pytest.mark.parametrize("rows", [
+    [], ROWS[:1], ROWS, [{k: row[k] for k in ("step", "loss")} for row in ROWS], ROWS + ROWS,
+    [{"step": 1, "loss": float("nan")}], [{"step": 1, "loss": 0.0}, {"step": 2, "loss": 0.0}],
+    [{"step": 5, "loss": -3.0}, {"step": 6, "loss": 1e9}],
+])
+def test_any_loss_is_drawn(rows):
+    assert figures.draw_loss(rows).size == (860, 520)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (4000, 3000), (60, 40), (1600, 200)])
+def test_overlays_of_any_size_fit_their_sheet(size):
+    picture = Image.new("RGB", size, (90, 120, 60))
+    heat = np.linspace(0, 1, 64).reshape(8, 8)
+    maps = [("a map", heat, (0, 0, size[0], size[1] / 2))] * 2
+    sheet = figures.draw_own(picture, (0, 0, *size), maps, ["1. finch 90 %", "threshold 0.2"])
+    assert max(sheet.size) < 2500 and sheet.width >= 480
+
+
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 10, [0, 2, 4, 6, 8, 10]), (0, 2.3, [0, 0.5, 1, 1.5, 2]), (-1, 1, [-1, -0.5, 0, 0.5, 1]),
+    (0, 12345, [0, 2500, 5000, 7500, 10000]),
+])
+def test_ticks_are_round(low, high, expected):
+    found = [value for value, _ in figures.ticks(low, high)]
+    assert len(found) <= 7 and low <= found[0] and found[-1] <= high
+    if (low, high) != (0, 12345):
+        assert found == pytest.approx(expected)
