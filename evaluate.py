@@ -41,19 +41,20 @@ from torch import Tensor
 
 import data
 from lctr import COUPLINGS, LCTR, MODEL_FLAGS, Localization, fuse, load_checkpoint, load_pretrained
-from support.boxes import (area, baseline_iou, box_iou, enlarge, intersection, largest_boxes,
-                           score_maps, to_image, to_input)
-from support.common import (autocast, minmax, progress, write_atomic, write_json,
+from support.boxes import (baseline_iou, box_iou, enlarge, largest_boxes, score_maps, to_image,
+                           to_input)
+from support.common import (autocast, last_line, minmax, pair, progress, write_atomic, write_json,
                             write_text)
-from support.figures import (Examples, class_name, draw_curve, draw_failures, draw_gallery,
-                             draw_own, evenly, is_ours, write_png)
+from support.failures import FAILURES, HIT, failure_groups, failure_kinds
+from support.figures import (Examples, draw_curve, draw_failures, draw_gallery, evenly, is_ours,
+                             write_png)
 from support.flags import parse_flags as evaluate_flags
-from support.outputs import claim, find_images, output_names, printable, run_names
+from support.outputs import claim, find_images, printable, run_names
+from support.photographs import Viewer, write_photographs
 from support.table import format_table
 
 THRESHOLDS = [i / 100 for i in range(100)]  # of curves and oracles
 DEFAULT_THRESHOLD = 0.2  # CAM's, for a checkpoint that names none
-HIT = 0.5  # a box is right where its IoU exceeds this (paper, "Evaluation Metrics")
 LABELS = {  # what a coupling is called in the literature, by head
     "cdm": {"none": "CDM's class map", "cls": "CDM", "relation": "LCTR"},
     "conv": {"none": "CAM", "cls": "TS-CAM", "relation": "TS-CAM + RPAM"},
@@ -61,8 +62,8 @@ LABELS = {  # what a coupling is called in the literature, by head
 }
 ATTENTION_LABELS = {"cls-only": "class attention alone", "relation-only": "patch relation alone"}
 PRODUCTS = {  # which maps a coupling multiplies
-    "none": "ReLU(class map)", "cls": "ReLU(class map) * M~c", "relation": "ReLU(class map) * M^r",
-    "cls-only": "M~c", "relation-only": "M^r",
+    "none": "ReLU(class map)", "cls": "ReLU(class map) * M~c",
+    "relation": "ReLU(class map) * M^r", "cls-only": "M~c", "relation-only": "M^r",
 }
 
 
@@ -109,6 +110,9 @@ class Scores:
     def annotated(self) -> np.ndarray:
         """(n,): which images have boxes, and so count for localisation."""
         return np.array([len(boxes) > 0 for boxes in self.images.boxes])
+
+    def at(self, coupling: str, threshold: float) -> tuple[int, int]:
+        return self.couplings.index(coupling), threshold_index(self, threshold)
 
 
 def couplings_of(model: LCTR) -> tuple[str, ...]:
@@ -266,33 +270,6 @@ def stack_couplings(localization: Localization, couplings: Sequence[str]) -> Ten
 
 # ---------------------------------------------------------------- metrics
 
-FAILURES = {  # the first that applies, so that the shares add up to 100 - top1_loc (TS-CAM's kinds)
-    "wrong class": "the label is not the predicted class, whatever the box",
-    "one of several": "the box covers more than 30 % of each of two or more annotated boxes",
-    "part of the object": "more than half of the box lies in the annotated box it meets best",
-    "too much": "the box covers more than 70 % of that annotated box, and too much around it",
-    "elsewhere": "all others",
-}
-
-
-def failure_kinds(scores: Scores, coupling: str, threshold: float) -> np.ndarray:
-    """Why Top-1 localisation fails: (n,) indices into FAILURES, -1 where right or without boxes."""
-    at = scores.couplings.index(coupling), threshold_index(scores, threshold)
-    images = scores.images
-    ground_truth = to_input(images.boxes, torch.from_numpy(images.view), scores.img_size)
-    box = torch.from_numpy(images.box[:, *at])[:, None].double()  # (n, 1, 4)
-    overlap = intersection(box, ground_truth)  # (n, M)
-    best = box_iou(box, ground_truth).argmax(1, keepdim=True)  # (n, 1)
-    several = (overlap > 0.3 * area(ground_truth)).sum(1) > 1
-    in_box = overlap.gather(1, best)[:, 0]
-    part = in_box > 0.5 * area(box)[:, 0]
-    much = in_box > 0.7 * area(ground_truth).gather(1, best)[:, 0]
-    kinds = np.select([several, part, much], [1, 2, 3], 4)
-    kinds = np.where(images.iou[:, *at] > HIT, -1, kinds)
-    kinds = np.where(images.top5[:, 0] != images.label, 0, kinds)
-    return np.where(scores.annotated, kinds, -1)
-
-
 def threshold_index(scores: Scores, threshold: float) -> int:
     if threshold not in scores.thresholds:
         raise ValueError(f"threshold: {threshold} was not scored: give it to score()")
@@ -423,32 +400,15 @@ def report(
         examples = look(failed[evenly(len(failed), per_row)], [coupling])
         groups.append((title, examples))
     label = coupling_label(scores.head, coupling)
-    note = f"{where}. Map: {label} = {PRODUCTS[coupling]}. {boxes}"
+    note = f"The {n} images of {where}. Map: {label} = {PRODUCTS[coupling]}. {boxes}"
     write_png(out / "failures.png", draw_failures(groups, dataset.classes, note, per_row))
     write_json(out / "metrics.json", metrics | {"coupling": coupling} | about)
     model.train(training)
 
 
-def failure_groups(
-    scores: Scores, coupling: str, threshold: float
-) -> list[tuple[str, np.ndarray]]:
-    """(title, images) of each kind of failure that occurs. A wrong class tells its box apart."""
-    at = scores.couplings.index(coupling), threshold_index(scores, threshold)
-    has, hit = scores.annotated, scores.images.iou[:, *at] > HIT
-    wrong = scores.images.top5[:, 0] != scores.images.label
-    kinds = failure_kinds(scores, coupling, threshold)
-    groups = [("Wrong class, though the box is right (IoU > 50 %)", wrong & has & hit),
-              ("Wrong class, and the box is wrong too", wrong & has & ~hit),
-              ("Wrong class (no annotated box)", wrong & ~has)]
-    groups += [(f"Class right, box wrong, {name} ({meaning})", kinds == kind)
-               for kind, (name, meaning) in enumerate(FAILURES.items()) if kind]
-    return [(title, np.flatnonzero(failed)) for title, failed in groups if failed.any()]
-
-
 def predictions(scores: Scores, coupling: str, threshold: float) -> Iterator[dict]:
     """predictions.jsonl, an entry per image: boxes in its upright pixels; iou None without any."""
-    at = scores.couplings.index(coupling), threshold_index(scores, threshold)
-    images = scores.images
+    at, images = scores.at(coupling, threshold), scores.images
     box = torch.from_numpy(images.box[:, *at])[:, None]  # (n, 1, 4)
     box = to_image(box, torch.from_numpy(images.view), scores.img_size)[:, 0].tolist()
     for i, boxes in enumerate(images.boxes):
@@ -475,71 +435,28 @@ def save_maps(path: str | Path, scores: Scores) -> None:
 
 
 def own_photographs(subject: "Subject", flags: argparse.Namespace, threshold: float) -> int:
-    """Writes a picture per photograph and boxes.json; returns the exit status.
+    """A picture per photograph and boxes.json; returns the exit status."""
+    model, coupling = subject.model, subject.coupling
+    couplings = [coupling]
+    if model.head_type == "token" and not flags.coupling:  # no class map: both attention maps
+        couplings = ["cls-only", "relation-only"]
 
-    What cannot be read or written is named and skipped. boxes.json is written whatever happens.
-    """
+    @torch.no_grad()
+    def find(images: Tensor) -> tuple[Tensor, Tensor]:
+        classes = torch.full((len(images), 1), -1, device=flags.device)  # the predicted class
+        localization = localize(model, images.to(flags.device), classes, flags.amp)
+        maps = stack_couplings(localization, couplings)[:, :, 0]  # (B, Q, h, w)
+        return localization.logits, enlarge(maps, model.img_size)
+
     paths = find_images(flags.images)
     if not paths:
         raise ValueError(f"--images: no picture in {', '.join(map(printable, flags.images))}")
-    names, entries, failed = output_names(paths), [], 0
-    claim({flags.out: [*names, "boxes.json"]}, inputs=paths)
-    try:
-        for first in range(0, len(paths), flags.batch_size):
-            batch = []
-            for path, name in list(zip(paths, names))[first:first + flags.batch_size]:
-                try:
-                    loaded = data.load_image(path, subject.model.img_size, flags.crop)
-                    batch.append((path, name, *loaded))
-                except (data.DataError, OSError) as error:
-                    failed += 1
-                    print(f"evaluate.py: skipped: {printable(error)}", file=sys.stderr)
-            if batch:
-                entries += draw_batch(subject, flags, threshold, batch)
-    finally:
-        write_json(flags.out / "boxes.json", entries)
-    print(f"{len(entries)} pictures and boxes.json in {printable(flags.out)}"
-          + f", {failed} could not be read" * bool(failed))
-    return 1 if failed else 0
-
-
-@torch.no_grad()
-def draw_batch(
-    subject: "Subject", flags: argparse.Namespace, threshold: float, batch: Sequence[tuple]
-) -> list[dict]:
-    """Localises a batch of (path, name, image, view, size); the entries of boxes.json."""
-    model, classes, entries = subject.model, subject.checkpoint["classes"], []
-    couplings = [subject.coupling]
-    if model.head_type == "token" and not flags.coupling:  # no class map: both attention maps
-        couplings = ["cls-only", "relation-only"]
-    images = torch.stack([image for _, _, image, _, _ in batch]).to(flags.device)
-    nobody = torch.full((len(batch), 1), -1, device=flags.device)  # the predicted class
-    localization = localize(model, images, nobody, flags.amp)
-    maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)  # (B,Q,H,W)
-    boxes = largest_boxes(maps.flatten(0, 1), [threshold]).view(len(batch), -1, 4).cpu()
-    boxes = to_image(boxes, torch.tensor([view for *_, view, _ in batch]), model.img_size)
-    chances, ids = localization.logits.softmax(1).cpu().topk(min(5, max(1, len(classes))))
-    heat = minmax(maps).cpu().numpy()
-    for i, (path, name, _, view, size) in enumerate(batch):
-        top5 = [[classes[c], p] for c, p in zip(ids[i].tolist(), chances[i].tolist())
-                ] if classes else []
-        found = dict(zip(couplings, boxes[i].tolist()))
-        lines = ["   ".join(f"{k}. {class_name(classes, c)} {100 * p:.1f} %" for k, (c, p) in
-                            enumerate(zip(ids[i, :3].tolist(), chances[i, :3].tolist()), 1))
-                 if classes else "No class was trained: the maps are the backbone's attention."]
-        meant = "; ".join(f"{coupling_label(model.head_type, c)} = {PRODUCTS[c]}"
-                          for c in couplings)
-        lines.append(f"Box: threshold {threshold:g} of the min-max normalised map. Map: {meant}.")
-        shown = [(coupling_label(model.head_type, c), heat[i, q], boxes[i, q].tolist())
-                 for q, c in enumerate(couplings)]
-        write_png(flags.out / name, draw_own(data.open_image(path), view, shown, lines))
-        entry = {"path": str(path), "size": list(size), "top5": top5,
-                 "box": found[subject.coupling]}
-        entries.append(entry | ({"boxes": found} if len(couplings) > 1 else {}))
-        best = f"{top5[0][0]} ({100 * top5[0][1]:.1f} %), " if top5 else ""
-        print(f"{printable(path)} -> {printable(flags.out / name)}: {printable(best)}"
-              f"box {' '.join(f'{v:.0f}' for v in found[subject.coupling])}")
-    return entries
+    viewer = Viewer(
+        lambda path: data.load_image(path, model.img_size, flags.crop), data.open_image, find,
+        model.img_size, couplings, coupling,
+        [(coupling_label(model.head_type, c), PRODUCTS[c]) for c in couplings],
+        subject.checkpoint["classes"], threshold)
+    return 1 if write_photographs(viewer, paths, flags.out, flags.batch_size) else 0
 
 
 # ---------------------------------------------------------------- the script
@@ -567,29 +484,47 @@ def load(path: str, flags: argparse.Namespace) -> Subject:
             raise
         from support import weights
         content = weights.read_weights(path)
-        if "config" in content:
+        if not flags.images or "config" in content:
             raise
-        config = weights.sizes(content, path)
-        model = LCTR(1, **config, head="token").eval()
-        print(f"{path}: no class was trained, so only attention maps are drawn\n"
-              f"{load_pretrained(model, path)}")
-        checkpoint = {"classes": [], "phase": "external", "config": config}
-    if flags.img_size:
-        config = {flag: checkpoint["config"][flag] for flag in MODEL_FLAGS
-                  if flag in checkpoint["config"]} | {"img_size": flags.img_size}
-        config |= {"head": model.head_type}
+        model, checkpoint = backbone(path, content, flags.img_size)
+    if flags.img_size and pair(flags.img_size) != model.img_size and checkpoint["classes"]:
+        config = {flag: value for flag, value in checkpoint["config"].items()
+                  if flag in MODEL_FLAGS} | {"img_size": flags.img_size}
         from support import weights
         state, grid = model.state_dict(), model.grid
-        try:
-            model = LCTR(max(1, len(checkpoint["classes"])), **config).eval()
-        except ValueError as error:
-            raise argparse.ArgumentError(None, f"--img-size: {error}") from None
+        model = build(len(checkpoint["classes"]), config)
         state["pos_embed"] = weights.resize_pos_embed(state["pos_embed"], grid, model.grid)
         model.load_state_dict(state)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{path}: weights that are not finite")
     return Subject(path, model.to(flags.device), checkpoint,
                    flags.coupling or default_coupling(model))
+
+
+def build(num_classes: int, config: dict) -> LCTR:
+    try:
+        return LCTR(num_classes, **config).eval()
+    except ValueError as error:
+        raise argparse.ArgumentError(None, f"--img-size: {error}") from None
+
+
+def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tuple[LCTR, dict]:
+    """A backbone alone, for a first look at its attention, and a checkpoint without classes."""
+    from support import weights
+    try:
+        state = weights.own_names(content, path)
+        weights.convert(state, path)
+        config = weights.architecture(state, weights.said(content))
+    except weights.LOAD_ERRORS as error:
+        message = str(error) if str(error).startswith(path) else (
+            f"{path}: neither a checkpoint nor a ViT's backbone ({last_line(error)})")
+        raise ValueError(message) from None
+    config |= {"head": "token", "img_size": img_size or config["img_size"]}
+    model = build(1, config)  # its head is never looked at
+    print(f"{path}: no class was trained: attention alone, of a ViT with {config['depth']} blocks "
+          f"and {config['num_heads']} heads, input {' x '.join(map(str, model.img_size))}")
+    print(load_pretrained(model, path))
+    return model, {"classes": [], "phase": "external", "config": config}
 
 
 def check_subject(subject: Subject, flags: argparse.Namespace) -> None:
@@ -601,6 +536,8 @@ def check_subject(subject: Subject, flags: argparse.Namespace) -> None:
     if flags.crop and flags.crop < max(model.img_size):
         raise argparse.ArgumentError(None, f"--crop: got {flags.crop}, need at least "
                                      f"{max(model.img_size)}, the side of {path}'s input")
+    if flags.threshold is None:
+        own_threshold(subject)
     name, root = data_source(flags, checkpoint)
     if name is None and (not flags.images or flags.threshold == "auto"):
         raise argparse.ArgumentError(None, f"--data: missing, {path} names no data set")
@@ -649,14 +586,20 @@ def choose_threshold(subject: Subject, flags: argparse.Namespace) -> tuple[float
         return best, f"the best gt-known of {len(val_set)} val images"
     if flags.threshold is not None:
         return flags.threshold, "--threshold"
-    metrics = subject.checkpoint.get("metrics")
-    own = metrics.get("threshold") if isinstance(metrics, dict) else None
+    own = own_threshold(subject)
     if own is None:
         return DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none"
-    if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own < 1:
+    return own, "the checkpoint's own"
+
+
+def own_threshold(subject: Subject) -> float | None:
+    """What the checkpoint's own evaluation used. Raises ValueError where it is no threshold."""
+    metrics = subject.checkpoint.get("metrics")
+    own = metrics.get("threshold") if isinstance(metrics, dict) else None
+    if own is not None and (type(own) not in (int, float) or not 0 <= own < 1):
         raise ValueError(f"{subject.path}: its threshold is {own!r}, need a number in [0, 1): give "
                          "--threshold")
-    return own, "the checkpoint's own"
+    return own
 
 
 def evaluate(flags: argparse.Namespace) -> int:
@@ -711,8 +654,9 @@ def evaluate(flags: argparse.Namespace) -> int:
     first = all_metrics[0]
     if several:
         write_json(flags.out / "metrics.json", dict(zip(names, all_metrics)))
-        note = (f"{len(seen[0].label)} images of {first['data']} {first['split']}, evenly spread; "
-                "each map's own threshold; in white the IoU in %")
+        own = ", ".join(f"{m['threshold']:g} ({m['name']})" for m in all_metrics)
+        note = (f"{len(seen[0].label)} images of {first['data']} {first['split']}, evenly spread. "
+                f"Boxes at threshold {own} of the min-max normalised map; in white their IoU in %.")
         write_png(flags.out / "gallery.png",
                   draw_gallery(seen, titles, datasets[0].classes, note))
     print(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\n"

@@ -141,6 +141,8 @@ def open_device(name: str | None) -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton's and NCCL's choice
     except (RuntimeError, AssertionError, NotImplementedError) as error:

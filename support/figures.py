@@ -68,9 +68,11 @@ def system_fonts() -> list[Path]:
                                        home / ".fonts", home / ".local/share/fonts"])
     found = [path for place in places for path in Path(place).rglob("*")
              if path.suffix.lower() in (".ttf", ".otf", ".ttc")]
-    styles = ("bold", "italic", "oblique", "serif", "mono", "condensed", "light", "thin", "black")
+    styles = ("bold", "italic", "oblique", "serif", "mono", "condensed", "light", "thin", "black",
+              "math")
     return sorted(found, key=lambda path: (
-        sum(style in path.name.lower() for style in styles), path.name))
+        sum(style in path.name.lower() for style in styles), "sans" not in path.name.lower(),
+        path.name))
 
 
 @functools.cache
@@ -298,7 +300,9 @@ def draw_failures(
             sheet.paste(panel, (x + (CELL - panel.width) // 2, first + (CELL - panel.height) // 2))
             caption = class_name(classes, label)
             if examples.predicted[i] != label:
-                caption = f"{caption} as {class_name(classes, examples.predicted[i])}"
+                predicted = examples.predicted[i]  # perhaps no font has both scripts
+                caption = writable(f"{caption} as {class_name(classes, predicted)}",
+                                   f"class {label} as class {predicted}")
             caption = fit_text(caption, 13, CELL)
             put(draw, (x + CELL / 2, first + CELL + 4), caption, 13, INK, "ma")
         y += height
@@ -456,11 +460,14 @@ def draw_own(
     left, top = min(left, size[0] - 1), min(top, size[1] - 1)  # of a thin picture a pixel is left
     corner = [left, top, max(right, left + 1), max(bottom, top + 1)]
     panels = [("photograph", picture)]
+    width = max(2, max(size) // 200)
     for name, heat, box in maps:
         panel = picture.copy()
         panel.paste(overlay(picture.crop(corner), heat), corner[:2])
-        draw_box(ImageDraw.Draw(panel), np.multiply(box, scale), CYAN, max(2, max(size) // 200))
+        draw_box(ImageDraw.Draw(panel), np.multiply(box, scale), CYAN, width)
         panels.append((name, panel))
+    if len(maps) == 1:
+        draw_box(ImageDraw.Draw(picture), np.multiply(maps[0][2], scale), CYAN, width)
 
     stacked = size[0] > 1.6 * size[1]
     column = max(size[0], 180)  # room for a title above a thin picture

@@ -22,7 +22,8 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=datasets,
                        help="data set to score (default: what the checkpoint was trained on)")
-    group.add_argument("--root", help="the data set's folder (default: the checkpoint's)")
+    group.add_argument("--root", metavar="DIR",
+                       help="the data set's folder (default: the checkpoint's)")
     group.add_argument("--split", choices=("test", "val", "train"),
                        help="part of the data set to score (default: test)")
     group.add_argument("--limit-test", type=number(int, 1), metavar="N",
@@ -40,12 +41,13 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
     group = parser.add_argument_group("recipe")
     group.add_argument("--coupling", choices=couplings, help="which maps are multiplied for the "
                        "boxes (default: relation, Eq. 3; relation-only where no class map is)")
-    group.add_argument("--threshold", type=threshold_flag, help="of the box: a number in [0, 1), "
-                       "or auto, the best on val (default: the checkpoint's, else 0.2)")
+    group.add_argument("--threshold", type=threshold_flag, metavar="VALUE",
+                       help="of the box: a number in [0, 1), or auto, the best on val (default: "
+                       "the checkpoint's, else 0.2)")
     group.add_argument("--gt-class", action="store_true",
                        help="score the label's map (default: the predicted class's)")
     group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=number(int, 1), default=64,
+    group.add_argument("--batch-size", type=number(int, 1), default=64, metavar="N",
                        help="images in one forward pass (default: 64)")
     group.add_argument("--workers", type=number(int, 0), metavar="N",
                        help="processes that load images (default: 0, none besides this one)")
@@ -53,8 +55,9 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
     group.add_argument("--amp", choices=("auto", *AMP), default="auto", help="precision of the "
                        "forward pass (default: auto, bf16 or fp16 on a GPU, off on a CPU)")
     group = parser.add_argument_group("output")
-    group.add_argument("--out", type=Path, help="folder of the results (default: evaluate/ beside "
-                       "the checkpoint; with --images images/, ./images for a downloaded one)")
+    group.add_argument("--out", type=Path, metavar="DIR",
+                       help="folder of the results (default: evaluate/ beside the checkpoint; with "
+                       "--images images/, ./images for a downloaded one)")
     group.add_argument("--save-maps", action="store_true", help="also write every map, to maps.npz")
     group.add_argument("--profile", action="store_true",
                        help="print the time of the forward pass and of scoring")
@@ -73,16 +76,20 @@ def check_flags(flags: Namespace, parser: Parser) -> None:
     for name in unused if flags.images else ():
         if getattr(flags, name) not in (None, False):
             parser.error(f"--{name.replace('_', '-')}: does nothing with --images")
+    for name in ("checkpoint", "images"):
+        if "" in (getattr(flags, name) or ()):
+            parser.error(f"--{name}: got an empty name, need a file")
     if flags.images and len(flags.checkpoint) > 1:
         parser.error("--images: takes one --checkpoint")
     if flags.data == "synthetic" and flags.root:
         parser.error("--root: the synthetic birds are drawn, not read: leave it out")
     first = Path(flags.checkpoint[0])
-    beside = first.parent if first.exists() or not flags.images else Path()
+    beside = first.parent if os.path.exists(first) or not flags.images else Path()
     flags.out = flags.out or beside / ("images" if flags.images else "evaluate")
-    if any(place.exists() and not place.is_dir() for place in (flags.out, *flags.out.parents)):
+    above = [place for place in (flags.out, *flags.out.parents) if os.path.exists(place)]
+    if not all(map(os.path.isdir, above)):
         parser.error(f"--out: {flags.out} is or lies in a file, need a folder")
-    if any((flags.out / name).exists() for name in RUN_FILES):
+    if any(os.path.exists(flags.out / name) for name in RUN_FILES):
         parser.error(f"--out: {flags.out} holds a run of train.py: need another folder, such as "
                      f"{flags.out / 'evaluate'}")
     flags.split, flags.workers = flags.split or "test", flags.workers or 0

@@ -41,10 +41,12 @@ def claim(folders: dict[Path, Sequence[str]], inputs: Sequence[Path] = ()) -> No
                 raise ValueError(f"--out: {printable(file)} exists and {what}, so it is not "
                                  "replaced: need another folder")
     for out, names in folders.items():
-        known = listed(out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / MANIFEST, {
-            "written_by": WRITTEN_BY, "files": sorted({*known, *names} - {MANIFEST})})
+        files = sorted({*listed(out), *names} - {MANIFEST})
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / MANIFEST, {"written_by": WRITTEN_BY, "files": files})
+        except OSError as error:
+            raise ValueError(f"--out: {printable(out)}: {error.strerror or error}") from None
 
 
 def printable(text: object) -> str:
@@ -76,7 +78,7 @@ def find_images(places: Sequence[str]) -> list[Path]:
     """
     endings, found = Image.registered_extensions(), []
     for place in map(Path, places):
-        if not place.is_dir():
+        if not os.path.isdir(place):  # also where its name is too long
             found.append(place)
             continue
         found += [path for path in sorted(place.rglob("*"))

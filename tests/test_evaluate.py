@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -557,3 +558,345 @@ def test_the_authors_checkpoint_is_scored_from_the_command_line(tmp_path, capsys
     capsys.readouterr()
     assert evaluate.main(flags) == 2
     assert "--data: missing" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- files that are not the script's
+
+
+def theirs(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with what it holds."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("present, flags", [
+    (["a.png"], ["--images", "a.png", "--out", "."]),
+    (["a.png"], ["--images", ".", "--out", "."]),
+    (["g/p.jpg", "g/p.png"], ["--images", "g/p.jpg", "--out", "g"]),
+    (["p.jpg", "g/p.png"], ["--images", "p.jpg", "--out", "g"]),
+    (["p.jpg", "g/P.PNG", "g/p.png"], ["--images", "p.jpg", "g/P.PNG", "--out", "g"]),
+    (["p.jpg", "boxes.json"], ["--images", "p.jpg", "--out", "."]),
+    (["p.jpg", "manifest.json"], ["--images", "p.jpg", "--out", "."]),
+    (["p.jpg", "g/boxes.json/x"], ["--images", "p.jpg", "--out", "g"]),
+    (["g/gallery.png"], ["--out", "g"]),
+    (["g/curve.png"], ["--out", "g"]),
+    (["g/metrics.json"], ["--out", "g"]),
+    (["g/predictions.jsonl"], ["--out", "g"]),
+    (["g/maps.npz"], ["--out", "g", "--save-maps"]),
+    (["g/failures.png/x"], ["--out", "g"]),
+    (["g/last.pt"], ["--out", "g"]),  # runs of train.py
+    (["g/best.pt"], ["--out", "g"]),
+    (["g/config.json"], ["--out", "g"]),
+    (["p.jpg", "g/log.jsonl"], ["--images", "p.jpg", "--out", "g"]),
+])
+def test_a_users_file_is_never_replaced(checkpoint, tmp_path, monkeypatch, capsys, present, flags):
+    monkeypatch.chdir(tmp_path)
+    for name in present:
+        if name.lower().endswith((".png", ".jpg")):
+            picture(tmp_path / name)
+        else:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text('{"files": ["boxes.json"]}')
+    before = theirs(tmp_path)
+    result = call(capsys, evaluate, "--checkpoint", checkpoint, "--limit-test", 3, *flags) \
+        if "--images" not in flags else call(capsys, evaluate, "--checkpoint", checkpoint, *flags)
+    script_error(result, evaluate, 2)
+    assert theirs(tmp_path) == before
+
+
+def test_own_files_are_replaced_and_a_users_picture_in_their_place_is_not(
+        checkpoint, tmp_path, capsys):
+    photo, flags = picture(tmp_path / "g" / "p.jpg"), ["--checkpoint", checkpoint, "--images"]
+    before = photo.read_bytes()
+    for _ in range(3):  # the third finds its own pictures in the folder and leaves them out
+        where = tmp_path / "g" if _ else photo
+        status, out, err = call(capsys, evaluate, *flags, where, "--out", tmp_path / "g")
+        assert (status, err) == (0, "") and "1 pictures and boxes.json" in out
+    assert photo.read_bytes() == before
+    picture(tmp_path / "g" / "p.png")  # the user puts another in its place
+    mine = (tmp_path / "g" / "p.png").read_bytes()
+    result = call(capsys, evaluate, *flags, photo, "--out", tmp_path / "g")
+    assert "was not written by this script" in script_error(result, evaluate, 2)
+    assert (tmp_path / "g" / "p.png").read_bytes() == mine
+
+
+def test_an_own_picture_is_not_replaced_while_it_is_an_input(checkpoint, tmp_path, capsys):
+    photo, out = picture(tmp_path / "p.jpg"), tmp_path / "g"
+    assert call(capsys, evaluate, "--checkpoint", checkpoint, "--images", photo,
+                "--out", out)[0] == 0
+    before = theirs(tmp_path)
+    result = call(capsys, evaluate, "--checkpoint", checkpoint, "--images", out / "p.png",
+                  "--out", out)
+    assert "exists and is an input" in script_error(result, evaluate, 2)
+    assert theirs(tmp_path) == before
+
+
+def test_where_results_go_by_default(tmp_path, capsys, monkeypatch):
+    path, photo = save_checkpoint(tmp_path / "run" / "best.pt"), picture(tmp_path / "p.jpg")
+    assert call(capsys, evaluate, "--checkpoint", path, "--images", photo)[0] == 0
+    assert (tmp_path / "run" / "images" / "p.png").exists()
+    flags = evaluate.parse_flags(["--checkpoint", "deit_small", "--images", "p.jpg"])
+    assert flags.out == Path("images")
+
+
+# ---------------------------------------------------------------- photographs with odd names
+
+ODD_NAMES = [
+    b"\xff\xfe.jpg",  # no UTF-8
+    b"two\nlines.jpg", b"tab\t.jpg", b"bell\x07.jpg", b"x" * 250 + b".jpg",
+    "猫".encode() * 80 + b".png", b"%s {} .jpg", b"a.b.c.jpg", b"-dash.jpg", b"no ending",
+    "e\u0301.jpg".encode(), "\u202eright to left.jpg".encode(), b"CON.jpg", b"A.jpg", b"a.jpg",
+]
+
+
+def test_any_name_of_a_photograph_is_in_boxes_json(checkpoint, tmp_path, capsys):
+    folder, out = tmp_path / "mine", tmp_path / "out"
+    paths = [Path(os.fsdecode(os.fsencode(folder) + b"/" + name)) for name in ODD_NAMES]
+    folder.mkdir()
+    for path in paths:
+        Image.new("RGB", (30, 20)).save(path, "JPEG")
+    status, _, err = call(capsys, evaluate, "--checkpoint", checkpoint, "--images", *paths,
+                          "--out", out)
+    assert (status, err) == (0, "")
+    entries = json.loads((out / "boxes.json").read_text())
+    assert [Path(entry["path"]) for entry in entries] == paths
+    assert sum(path.suffix == ".png" for path in out.iterdir()) == len(paths)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("none.jpg", None), ("empty.jpg", b""), ("text.png", b"words"), ("two\nlines.jpg", b""),
+    ("cut.png", "cut"), ("x" * 256 + ".jpg", None), ("folder.jpg/none.jpg", None),
+])
+def test_what_cannot_be_read_is_named_and_skipped(checkpoint, tmp_path, capsys, name, content):
+    good, bad, out = picture(tmp_path / "good.jpg"), tmp_path / name, tmp_path / "out"
+    if content == "cut":
+        content = picture(bad, (300, 300)).read_bytes()
+        content = content[:len(content) // 2]
+    if content is not None:
+        bad.write_bytes(content)
+    status, stdout, err = call(capsys, evaluate, "--checkpoint", checkpoint, "--images", bad, good,
+                               "--out", out)
+    assert status == 1 and err.startswith("evaluate.py: skipped: ") and err.count("\n") == 1
+    assert name.replace("\n", "\\n") in err and "1 skipped" in stdout
+    entries = json.loads((out / "boxes.json").read_text())
+    assert [entry["path"] for entry in entries] == [str(good)]
+
+
+def test_a_picture_that_cannot_be_written_ends_no_batch(checkpoint, tmp_path, capsys, monkeypatch):
+    paths = [picture(tmp_path / f"{i}.jpg") for i in range(3)]
+    write = evaluate.write_photographs.__globals__["write_png"]
+
+    def failing(path, drawing):
+        if path.name == "1.png":
+            raise OSError(28, "No space left on device")
+        write(path, drawing)
+
+    monkeypatch.setitem(evaluate.write_photographs.__globals__, "write_png", failing)
+    status, _, err = call(capsys, evaluate, "--checkpoint", checkpoint, "--images", *paths,
+                          "--out", tmp_path / "out")
+    assert status == 1 and "1.jpg: No space left on device" in err and err.count("\n") == 1
+    entries = json.loads((tmp_path / "out" / "boxes.json").read_text())
+    assert [Path(entry["path"]).name for entry in entries] == ["0.jpg", "2.jpg"]
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--split", "val"], "--split: does nothing with --images"),
+    (["--gt-class"], "--gt-class: does nothing"),
+    (["--save-maps"], "--save-maps: does nothing"),
+    (["--profile"], "--profile: does nothing"),
+    (["--data", "synthetic"], "--data: does nothing"),
+    (["--root", "."], "--root: does nothing"),
+    (["--limit-test", "3"], "--limit-test: does nothing"),
+    (["--workers", "1"], "--workers: does nothing"),
+    (["--threshold", "0.1", "--data", "synthetic"], "--data: does nothing"),
+    (["--checkpoint", "a", "b"], "--images: takes one --checkpoint"),
+    (["--img-size", "0"], "--img-size: got 0"),
+    (["--img-size", "2x3x4"], "--img-size: got 2x3x4"),
+    (["--device", "mps"], "--device: mps"),
+    (["--device", "meta"], "--device: meta"),
+    (["--amp", "fp8"], "--amp: invalid choice"),
+    (["--batch", "3"], "unrecognized arguments: --batch"),
+    (["--images", ""], "--images: got an empty name"),
+    (["--checkpoint", ""], "--checkpoint: got an empty name"),
+    (["--out", "x" * 300], "--out: " + "x" * 300 + ": File name too long"),
+    (["--out", "/proc/x"], "--out: /proc/x: "),
+])
+def test_flags_that_do_nothing_or_do_not_fit(checkpoint, tmp_path, capsys, flags, message):
+    photo, out = picture(tmp_path / "p.jpg"), tmp_path / "out"
+    result = call(capsys, evaluate, "--checkpoint", checkpoint, "--images", photo, "--out", out,
+                  *flags)
+    err = script_error(result, evaluate, 2)
+    assert message in err and len(err) < 400 and not out.exists()
+
+
+def test_flags_that_serve_the_choice_of_a_threshold(checkpoint, tmp_path, capsys):
+    status, out, err = call(
+        capsys, evaluate, "--checkpoint", checkpoint, "--images", picture(tmp_path / "p.jpg"),
+        "--threshold", "auto", "--data", "synthetic", "--limit-test", 6)
+    assert status == 0 and "the best gt-known of 6 val images" in out, err
+
+
+def test_the_birds_have_no_root(checkpoint, capsys):
+    result = call(capsys, evaluate, "--checkpoint", checkpoint, "--data", "synthetic",
+                  "--root", ".")
+    assert "--root: the synthetic birds are drawn" in script_error(result, evaluate, 2)
+
+
+def test_an_out_that_leads_nowhere(checkpoint, tmp_path, capsys):
+    (tmp_path / "out").symlink_to("nowhere")
+    result = call(capsys, evaluate, "--checkpoint", checkpoint, "--limit-test", 2,
+                  "--out", tmp_path / "out")
+    assert "out: File exists" in script_error(result, evaluate, 2)
+
+
+@pytest.mark.parametrize("metrics, status, message", [
+    ({"threshold": float("nan")}, 1, "its threshold is nan"),
+    ({"threshold": "0.3"}, 1, "its threshold is '0.3'"),
+    ({"threshold": 3.0}, 1, "its threshold is 3.0"),
+    ({"threshold": 1}, 1, "its threshold is 1"),
+    ({"threshold": -0.1}, 1, "its threshold is -0.1"),
+    ({"threshold": True}, 1, "its threshold is True"),
+    ({"threshold": [0.2]}, 1, "its threshold is [0.2]"),
+    ({"threshold": 0}, 0, "threshold 0 (the checkpoint's own)"),
+    ({"threshold": None}, 0, "threshold 0.2 (CAM's"),
+    (None, 0, "threshold 0.2 (CAM's"), ("none", 0, "threshold 0.2 (CAM's"),
+])
+def test_a_checkpoints_threshold_is_checked(
+        checkpoint, tmp_path, capsys, metrics, status, message, without_pictures):
+    content = torch.load(checkpoint, weights_only=True) | {"metrics": metrics}
+    torch.save(content, tmp_path / "best.pt")
+    result = call(capsys, evaluate, "--checkpoint", tmp_path / "best.pt", "--limit-test", 2,
+                  "--out", tmp_path / "out")
+    if status:
+        assert message in script_error(result, evaluate) and not (tmp_path / "out").exists()
+    else:
+        assert result[0] == 0 and message in result[1]
+
+
+def test_a_checkpoint_that_names_no_folder(tmp_path, capsys):
+    path = save_checkpoint(tmp_path / "best.pt", data="cub")
+    content = torch.load(path, weights_only=True)
+    del content["config"]["root"]
+    torch.save(content, path)
+    result = call(capsys, evaluate, "--checkpoint", path)
+    assert "--root: cub needs the data set's folder" in script_error(result, evaluate, 2)
+
+
+def test_help_names_every_flag_in_its_group(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_flags(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n{group}:" in text for group in ("data", "model", "recipe", "run", "output"))
+    assert "(default: 64)" in text and "0.2" in text
+
+
+# ---------------------------------------------------------------- how the script is started
+
+
+def script(*flags, optimise=(), **environment):
+    return subprocess.Popen(
+        [sys.executable, *optimise, Path(evaluate.__file__), *map(str, flags)], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def test_without_docstrings_and_on_a_terminal_of_ascii(checkpoint, tmp_path):
+    done = script("--checkpoint", checkpoint, "--images", picture(tmp_path / "é猫.jpg"),
+                  "--out", tmp_path / "out", optimise=["-OO"], PYTHONIOENCODING="ascii")
+    out, err = done.communicate(timeout=120)
+    assert (done.returncode, err) == (0, "") and "1 pictures and boxes.json" in out
+
+
+@pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
+def test_torchrun_is_refused_in_one_line(checkpoint, capsys, monkeypatch, rank, lines):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    status, out, err = call(capsys, evaluate, "--checkpoint", checkpoint)
+    assert (status, out, err.count("\n")) == (2, "", lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_in_one_line(checkpoint, tmp_path, number):
+    run = script("--checkpoint", checkpoint, "--out", tmp_path / "out")
+    assert run.stdout.readline().endswith("amp off\n")  # it scores now
+    run.send_signal(number)
+    out, err = run.communicate(timeout=120)
+    assert (run.returncode, err) == (1, "evaluate.py: stopped\n")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------- data without boxes
+
+
+def test_without_boxes_one_threshold_is_scored_and_no_curve_drawn(tmp_path, capsys):
+    """Classification, maps with predicted boxes, misclassified pictures, how to add boxes."""
+    model, dataset = toy_model(), Toy(9, boxes=0)
+    dataset.annotated = 0
+    scores = evaluate.score(model, dataset, threshold=0.3)
+    assert scores.thresholds == [0.3] and scores.images.box.shape[2] == 1
+    swept = evaluate.score(model, Toy(9, boxes=0), threshold=0.3)
+    at = swept.thresholds.index(0.3)
+    assert (swept.images.box[:, :, at] == scores.images.box[:, :, 0]).all()
+    metrics = evaluate.summarise(scores, 0.3)
+    assert metrics == evaluate.summarise(swept, 0.3)
+    figures.write_png(tmp_path / "curve.png", Image.new("RGB", (1, 1)))  # an earlier run's
+    evaluate.report(tmp_path, model, dataset, scores, metrics, "relation", 0.3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "failures.png", "gallery.png", "metrics.json", "predictions.jsonl"]
+    text = evaluate.format_table(metrics)
+    assert "boxes.csv" in text and "--convert" in text and len(text.splitlines()) < 8
+    assert "top-5 localisation" not in text and "gt-known" not in text
+
+
+def test_a_users_curve_is_left_where_no_image_has_a_box(tmp_path):
+    model, dataset = toy_model(), Toy(3, boxes=0)
+    picture(tmp_path / "curve.png")
+    before = (tmp_path / "curve.png").read_bytes()
+    scores = evaluate.score(model, dataset)
+    evaluate.report(tmp_path, model, dataset, scores, evaluate.summarise(scores, 0.2),
+                    "relation", 0.2)
+    assert (tmp_path / "curve.png").read_bytes() == before
+
+
+# ---------------------------------------------------------------- precision, failures
+
+
+def test_amp_reaches_the_forward_pass_and_the_report(checkpoint, tmp_path, capsys):
+    model, dataset = toy_model(), Toy(6)
+    exact = evaluate.score(model, dataset, keep_maps=True)
+    mixed = evaluate.score(model, dataset, keep_maps=True, amp="bf16")
+    assert (exact.amp, mixed.amp) == ("off", "bf16")
+    for name in ("class_map", "cls_map", "relation_map"):
+        a, b = getattr(exact.images, name), getattr(mixed.images, name)
+        assert b.dtype == np.float32
+        assert not np.array_equal(a, b)
+        np.testing.assert_allclose(b, a, rtol=0, atol=0.1 * np.abs(a).max())
+    status, out, err = call(capsys, evaluate, "--checkpoint", checkpoint, "--limit-test", 3,
+                            "--amp", "bf16", "--out", tmp_path)
+    assert status == 0 and "amp bf16" in out, err
+    assert json.loads((tmp_path / "metrics.json").read_text())["amp"] == "bf16"
+
+
+def test_the_default_precision_is_train_pys(monkeypatch):
+    monkeypatch.setattr("support.flags.open_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert evaluate.parse_flags(["--checkpoint", "x"]).amp == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert evaluate.parse_flags(["--checkpoint", "x"]).amp == "fp16"
+
+
+def test_failures_are_told_apart_by_class_and_box():
+    """Images: right; wrong class with a right box; both wrong; a part; wrong class, no box."""
+    box, nothing = torch.tensor([[0.0, 0, 8, 8]]), torch.zeros(0, 4)
+    iou = np.tile(np.float32([[0.9], [0.82], [0.1], [0.1], [0.0]]), (1, 100))
+    scores = made_up(
+        iou, boxes=[box] * 4 + [nothing], top5=np.array([[0], [1], [1], [0], [1]]),
+        box=np.tile(np.array([0, 0, 4, 4], np.int16), (5, 1, 100, 1)))
+    groups = evaluate.failure_groups(scores, "relation", 0.2)
+    assert [(title.split(" (")[0], images.tolist()) for title, images in groups] == [
+        ("Wrong class, though the box is right", [1]),
+        ("Wrong class, and the box is wrong too", [2]),
+        ("Wrong class", [4]), ("Class right, box wrong, part of the object", [3])]

@@ -115,3 +115,19 @@ def test_ticks_are_round(low, high, expected):
     assert len(found) <= 7 and low <= found[0] and found[-1] <= high
     if (low, high) != (0, 12345):
         assert found == pytest.approx(expected)
+
+
+def test_pictures_with_class_names_of_several_scripts():
+    """What no font has beside the other name becomes its number; nothing fails."""
+    classes = ["été", "猫", "Щегол", "عربى", "two\nlines", "x" * 99, "", "\udcff"]
+    n = len(classes)
+    examples = figures.Examples(
+        np.zeros((n, 16, 16, 3), np.uint8), [(0, 0, 30, 20)] * n, list(range(n)),
+        [*range(1, n), 0], [np.array([[1, 1, 9, 9]])] * n, np.zeros((n, 1, 16, 16)),
+        np.array([[[0, 0, 4, 4]]] * n), np.zeros((n, 1)))
+    titles = [[("LCTR", "ReLU(class map) * M^r")]]
+    gallery = figures.draw_gallery([examples], titles, classes, "note " * 60)
+    assert gallery.width < 700 and gallery.height > n * figures.CELL
+    groups = [("wrong class " * 20, examples)]
+    assert figures.draw_failures(groups, classes, "note", n).width > n * figures.CELL
+    assert figures.draw_failures([], classes, "note", 6).height < 150  # empty kinds are left out

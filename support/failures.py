@@ -1,0 +1,50 @@
+"""Why Top-1 localisation fails, image by image. scores: what evaluate.score returns."""
+
+import numpy as np
+import torch
+
+from support.boxes import area, box_iou, intersection, to_input
+
+HIT = 0.5  # a box is right where its IoU exceeds this (paper, "Evaluation Metrics")
+
+# The first that applies, so that the shares add up to 100 - top1_loc (TS-CAM's kinds). Of several
+# annotated boxes the last three look at the one that the box meets best.
+FAILURES = {
+    "wrong class": "the label is not the predicted class, whatever the box",
+    "one of several": "the box covers more than 30 % of each of two or more annotated boxes",
+    "part of the object": "more than half of the box lies in the annotated box",
+    "too much": "the box covers more than 70 % of the annotated box, and too much else",
+    "elsewhere": "none of these: mostly beside the annotated box",
+}
+
+
+def failure_kinds(scores, coupling: str, threshold: float) -> np.ndarray:
+    """Why Top-1 localisation fails: (n,) indices into FAILURES, -1 where right or without boxes."""
+    at = scores.at(coupling, threshold)
+    images = scores.images
+    ground_truth = to_input(images.boxes, torch.from_numpy(images.view), scores.img_size)
+    box = torch.from_numpy(images.box[:, *at])[:, None].double()  # (n, 1, 4)
+    overlap = intersection(box, ground_truth)  # (n, M)
+    best = box_iou(box, ground_truth).argmax(1, keepdim=True)  # (n, 1)
+    several = (overlap > 0.3 * area(ground_truth)).sum(1) > 1
+    in_box = overlap.gather(1, best)[:, 0]
+    part = in_box > 0.5 * area(box)[:, 0]
+    much = in_box > 0.7 * area(ground_truth).gather(1, best)[:, 0]
+    kinds = np.select([several, part, much], [1, 2, 3], 4)
+    kinds = np.where(images.iou[:, *at] > HIT, -1, kinds)
+    kinds = np.where(images.top5[:, 0] != images.label, 0, kinds)
+    return np.where(scores.annotated, kinds, -1)
+
+
+def failure_groups(scores, coupling: str, threshold: float) -> list[tuple[str, np.ndarray]]:
+    """(title, images) of each kind of failure that occurs. A wrong class tells its box apart."""
+    at = scores.at(coupling, threshold)
+    has, hit = scores.annotated, scores.images.iou[:, *at] > HIT
+    wrong = scores.images.top5[:, 0] != scores.images.label
+    kinds = failure_kinds(scores, coupling, threshold)
+    groups = [("Wrong class, though the box is right (IoU > 50 %)", wrong & has & hit),
+              ("Wrong class, and the box is wrong too", wrong & has & ~hit),
+              ("Wrong class (no annotated box)", wrong & ~has)]
+    groups += [(f"Class right, box wrong, {name} ({meaning})", kinds == kind)
+               for kind, (name, meaning) in enumerate(FAILURES.items()) if kind]
+    return [(title, np.flatnonzero(failed)) for title, failed in groups if failed.any()]
