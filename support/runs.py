@@ -1,0 +1,198 @@
+"""A run folder of train.py: its processes, its lock, its signals, its log and how it resumes."""
+
+import contextlib
+import fcntl
+import json
+import signal
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from support.common import write_atomic
+from support.weights import read_weights
+
+PHASES = ("pretrain", "main")
+FREE_FLAGS = ("out", "workers", "device", "eval_every", "checkpoint_every", "resume")  # may change
+
+
+class FlagError(ValueError):
+    """A flag does not fit the data: status 2."""
+
+
+# ---------------------------------------------------------------- processes and signals
+
+
+def process() -> tuple[int, int]:
+    """(rank, number of processes) under torchrun, (0, 1) without."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text: str) -> None:
+    if process()[0] == 0:
+        print(text, flush=True)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM: `asked` is set while `in_steps`, so that the loop ends after its step.
+
+    A second Ctrl-C, or either one elsewhere, is KeyboardInterrupt at once. A second SIGTERM is
+    none: torchrun forwards one after a Ctrl-C.
+    """
+
+    def __init__(self):
+        self.asked = self.in_steps = self.raised = False
+
+    def __enter__(self) -> "Stop":
+        self.former = {number: signal.signal(number, self.handle)
+                       for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.former.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, _) -> None:
+        again = self.asked or self.raised
+        if again and number == signal.SIGTERM:
+            return
+        if again or not self.in_steps:
+            self.raised = True
+            raise KeyboardInterrupt
+        self.asked = True
+        if process()[0] == 0:
+            print("stopping after this step; Ctrl-C again: now", file=sys.stderr, flush=True)
+
+
+def tell_time(seconds: float, steps: int, batch_size: int, scored: int) -> None:
+    """After two steps that took `seconds`: the rate, and how long the phase will take.
+
+    An image that is scored costs about half of one that is trained on.
+    """
+    rate = 2 * batch_size / seconds
+    minutes = (steps * batch_size + scored / 2) / rate / 60
+    evaluation = ", evaluation included" if scored else ""
+    say(f"{rate:.3g} images/s: about {minutes:.1f} minutes to go{evaluation}")
+
+
+# ---------------------------------------------------------------- one writer
+
+
+def lock(out: Path):
+    """Holds the folder until the returned file is closed or the process ends, however it ends.
+
+    Raises ValueError where another process holds it. Loading processes do not inherit it.
+    """
+    if process()[0] > 0:
+        return contextlib.ExitStack()  # rank 0 holds it for all
+    file = open(out / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(f"--out: another train.py is writing into {out}: wait for its end, or "
+                         "give another folder") from None
+    return file
+
+
+def write_checkpoint(path: Path, checkpoint: dict) -> None:
+    """The former file stays until the new one is on disk; no process goes on before it is."""
+    rank, world = process()
+    if rank == 0:
+        write_atomic(path, lambda file: torch.save(checkpoint, file))
+    if world > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------- the log
+
+
+def log(out: Path, entry: dict) -> None:
+    if process()[0] == 0:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def read_log(out: Path) -> list[dict]:
+    """The entries of log.jsonl; a line cut short by a kill is left out."""
+    entries, path = [], out / "log.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            PHASES.index(entry["phase"]), entry["step"] + 0
+            entries.append(entry)
+    return entries
+
+
+def cut_log(out: Path, saved: dict | None) -> None:
+    """Keeps the entries that the checkpoint knows of: later ones will be computed again."""
+    kept = [entry for entry in read_log(out) if saved and
+            (PHASES.index(entry["phase"]), entry["step"])
+            <= (PHASES.index(saved["phase"]), saved["step"])]
+    text = "".join(json.dumps(entry) + "\n" for entry in kept)
+    write_atomic(out / "log.jsonl", lambda file: file.write(text.encode()))
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | None:
+    """The checkpoint to continue, with its path, or None for a fresh run.
+
+    Raises ValueError where it cannot be continued with these flags.
+    """
+    last = out / "last.pt"
+    path = Path(resume) if isinstance(resume, str) else last
+    elsewhere = path.parent.resolve() != out.resolve()
+    if last.exists() and (elsewhere or not resume):
+        raise ValueError(f"--out: {out} already holds a run: continue it with --resume, or give "
+                         "another folder")
+    if not resume:
+        return None
+    if resume is True and not last.exists():
+        say(f"--resume: no run in {out} yet: this one starts afresh")
+        return None
+    saved = read_weights(path)
+    if saved.get("phase") not in PHASES or not isinstance(saved.get("config"), dict):
+        raise ValueError(f"{path}: no phase or config in it: need a last.pt that train.py wrote")
+    if "optimizer" not in saved:
+        raise ValueError(f"{path}: holds no optimizer to resume with: need the run's last.pt")
+    if config["epochs"] is None:  # chosen by the number of pictures, which must be the same
+        config["epochs"] = saved["config"].get("epochs")
+    differences = [
+        f"--{name.replace('_', '-')} was {saved['config'].get(name)!r}, is {value!r}"
+        for name, value in config.items()
+        if name not in FREE_FLAGS and saved["config"].get(name) != value]
+    if differences:
+        raise ValueError(f"--resume: flags differ from those of {path}: {'; '.join(differences)}")
+    return saved | {"path": path}
+
+
+def check_data(saved: dict, classes: list[str], images: int, digest: str) -> None:
+    """Raises ValueError where the checkpoint was trained on other classes or pictures."""
+    path, known = saved["path"], list(saved.get("classes", ()))
+    if known != list(classes):
+        names = [(a, b) for a, b in zip(known, classes) if a != b]
+        what = (f"class {names[0][0]!r} is now {names[0][1]!r}" if names
+                else f"{len(known)} classes then, {len(classes)} now")
+        raise ValueError(f"--resume: {path} was trained on other data: {what}")
+    then = saved.get("data", {"images": images, "digest": digest})
+    if then != {"images": images, "digest": digest}:
+        what = f"{then['images']} training pictures then, {images} now"
+        if then["images"] == images:
+            what = "other file names or labels among its training pictures"
+        raise ValueError(f"--resume: {path} was trained on other data: {what}")
+
+
+def adopt(saved: dict, out: Path) -> None:
+    """Copies a run that is resumed from another folder; a last.pt that came alone is enough."""
+    path = saved["path"]
+    if path.parent.resolve() == out.resolve():
+        return
+    best, former_log = path.parent / "best.pt", path.parent / "log.jsonl"
+    if saved["phase"] == "main" and not best.exists():
+        best = path
+    for former, name in ((best, "best.pt"), (former_log, "log.jsonl"), (path, "last.pt")):
+        if former.exists():
+            write_atomic(out / name, lambda file: file.write(former.read_bytes()))

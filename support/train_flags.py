@@ -1,0 +1,86 @@
+"""The flags of train.py."""
+
+from argparse import BooleanOptionalAction, Namespace
+
+from support.common import AMP, Parser, img_size_flag, number, threshold_flag
+
+
+def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace, Parser]:
+    """What the command line says, None where a recipe decides; recipes: each --data's defaults."""
+    parser = Parser(prog="train.py", description="Trains LCTR from image labels, then evaluates it.")
+    positive, size, fraction = number(int, 1, 10**9), number(int, 1, 10**6), number(float, 0, 1)
+    above_zero, group = number(float, 0, above=True), parser.add_argument_group
+
+    def add(to, flag: str, text: str, **options) -> None:
+        name = flag[2:].replace("-", "_")
+        values = {data: recipe[name] for data, recipe in recipes.items() if name in recipe}
+        if values:  # the same flag's default in each recipe
+            parts = [f"{'/'.join(d for d in values if values[d] == value)} {value}"
+                     for value in dict.fromkeys(values.values()) if value is not None]
+            text += f" (default: {', '.join(parts)})" if parts else ""
+        to.add_argument(flag, help=text, **options)
+
+    to = group("data")
+    add(to, "--data", "data set, which picks the defaults of all other flags (default: synthetic)",
+        choices=recipes, default="synthetic")
+    add(to, "--root", "folder of the data set; the synthetic birds need none")
+    add(to, "--limit-train", "keep that many training images, spread evenly", type=positive)
+    add(to, "--limit-test", "keep that many test and val images", type=positive)
+    add(to, "--workers", "processes that load images (default: 8 on a GPU, 0 on a CPU)",
+        type=number(int, 0, 1000))
+    to = group("model")
+    add(to, "--arch", "DeiT's sizes: --embed-dim, --depth and --num-heads at once",
+        choices=archs)
+    add(to, "--img-size", "input in pixels: 224, or height x width as 160x224", type=img_size_flag)
+    add(to, "--patch-size", "side of a patch in pixels", type=size)
+    add(to, "--embed-dim", "width D of the tokens", type=size)
+    add(to, "--depth", "number L of blocks", type=number(int, 1, 1000))
+    add(to, "--num-heads", "number S of attention heads", type=size)
+    add(to, "--pretrained", "backbone weights: a file, or deit_tiny, deit_small, deit_base")
+    add(to, "--head", "cdm is LCTR, conv is TS-CAM, token is plain DeiT",
+        choices=("cdm", "conv", "token"))
+    add(to, "--num-kernels", "number G of the CDM's kernels, Table 6", type=size)
+    add(to, "--kernel-size", "their side k, Table 7", type=int, choices=(1, 3))
+    add(to, "--scorer", "which pools of the cues score them, Table 5",
+        choices=("separate", "shared", "gap", "gmp"))
+    add(to, "--erase", "M~c as it is, or min-max normalised, before it is reversed",
+        choices=("raw", "minmax"))
+    add(to, "--pool", "padded is the authors' 3 x 3 average before the pool",
+        choices=("gap", "padded"))
+    add(to, "--drop-path", "stochastic depth's rate in the last block", type=fraction)
+    to = group("recipe")
+    add(to, "--epochs", "passes over the training images; folder: by their number", type=positive)
+    add(to, "--max-steps", "stop the main phase after that many steps", type=positive)
+    add(to, "--pretrain-epochs", "epochs with a token head first", type=number(int, 0, 10**9))
+    add(to, "--palette-label", "pretrain the birds on their body's palette too (default: yes)",
+        action=BooleanOptionalAction, default=True)
+    add(to, "--batch-size", "images per step, over all processes", type=positive)
+    add(to, "--accumulate", "micro-batches of a batch, for small cards (default: 1)",
+        type=positive, default=1)
+    add(to, "--lr", "peak learning rate of head and final norm, never rescaled", type=above_zero)
+    add(to, "--pretrain-lr", "the same for the pretraining epochs", type=above_zero)
+    add(to, "--layer-decay", "each block's rate is the next one's times this", type=above_zero)
+    add(to, "--freeze-blocks", "that many first blocks and the embeddings stay as they are; "
+        "folder: half of a pretrained backbone's", type=number(int, 0, 1000))
+    add(to, "--weight-decay", "on all but biases, norms and embeddings", type=number(float, 0))
+    add(to, "--warmup-epochs", "of linear warm-up, at most a tenth of the run",
+        type=number(float, 0))
+    add(to, "--label-smoothing", "of the cross-entropy", type=fraction)
+    add(to, "--clip-grad", "largest norm of the gradient, 0 for any", type=number(float, 0))
+    add(to, "--threshold", "of the box: in [0, 1), or auto, the best on val (default: auto where "
+        "there is a val split, else 0.2)", type=threshold_flag)
+    add(to, "--seed", "of every random choice (default: 0)", type=number(int, 0, 2**63), default=0)
+    to = group("run")
+    add(to, "--device", "cpu, cuda, cuda:1, mps (default: cuda where there is one)")
+    add(to, "--amp", "mixed precision (default: auto, bf16 or fp16 on a GPU, off on a CPU)",
+        choices=("auto", *AMP), default="auto")
+    add(to, "--compile", "train through torch.compile, which needs a C++ compiler on a CPU",
+        action="store_true")
+    add(to, "--resume", "continue the run in --out, or from FILE", nargs="?", const=True,
+        metavar="FILE")
+    to = group("output")
+    add(to, "--out", "run folder (default: runs/<data>-<head>-seed<seed>)")
+    add(to, "--eval-every", "epochs between evaluations on val (default: 1)", type=positive,
+        default=1)
+    add(to, "--checkpoint-every", "steps between checkpoints, besides every epoch's", type=positive)
+    return parser.parse_args(argv), parser
