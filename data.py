@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import colorsys
 import csv
+import hashlib
 import math
 import multiprocessing
 import os
@@ -399,7 +400,8 @@ def _cores() -> int:
 
 
 def _ignore_interrupt(*_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):              # both are the parent's to handle
+        signal.signal(number, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -726,6 +728,16 @@ def load_dataset(name: str, root: str | Path | None, split: str, img_size, *, li
     if name == "synthetic":
         return Birds(split, img_size, limit, crop, augment, seed)
     return Pictures(name, READERS[name](Path(root), split, limit), split, img_size, crop, augment, seed)
+
+
+def digest(dataset: Dataset) -> str:
+    """A hash of the samples' paths below the data set's folder and of their labels."""
+    if isinstance(dataset, Birds):
+        paths = [f"{dataset.split}/{index}" for index in dataset.indices]
+    else:
+        paths = dataset.paths
+    pairs = "".join(f"{path}\t{label}\n" for path, label in zip(paths, dataset.labels))
+    return hashlib.sha256(os.fsencode(pairs)).hexdigest()
 
 
 def collate(samples: list[dict]) -> dict:

@@ -269,7 +269,13 @@ class CDM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.last_scores = None  # (B, G), of the last batch in training, for its log
 
-        self.apply(init_linear)
+        # Scores start at .5 and learn slowly (train.py's GATE_RATE). AdamW moves every weight of a
+        # score layer alike, and GMP is positive in all D channels: at the full rate all kernels
+        # are turned off within ten steps, and a sigmoid at 0 passes no gradient back.
+        for layer in (getattr(self, name, None) for name in ("score_avg", "score_max")):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.conv.bias)
         for kernel in self.weight:  # one by one: each convolution's own fan-in is D * k * k
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
@@ -594,6 +600,8 @@ def main() -> None:
         model = load_checkpoint(flags.checkpoint)[0] if flags.checkpoint else small
         images = torch.randn(1, 3, *model.img_size)
         if flags.image:
+            import data  # which a reader of the model does not need
+
             images = data.load_image(flags.image, model.img_size)[0][None]  # (1, 3, H, W)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"lctr.py: error: {last_line(error)}")
