@@ -68,7 +68,7 @@ SCORES_STUCK = 20  # logged steps with a mean score below .01 or above .99
 def parse_flags(argv: list[str] | None = None) -> Namespace:
     """The command line with every default filled in; one line and status 2 if a flag is wrong."""
     flags, parser = read_flags(argv, RECIPES, ARCHITECTURES)
-    recipe = dict(RECIPES[flags.data])
+    recipe, frozen = dict(RECIPES[flags.data]), flags.freeze_blocks
     if flags.arch or recipe["arch"]:
         recipe["arch"] = flags.arch or recipe["arch"]
         recipe |= zip(("embed_dim", "depth", "num_heads"), ARCHITECTURES[recipe["arch"]])
@@ -77,8 +77,10 @@ def parse_flags(argv: list[str] | None = None) -> Namespace:
             setattr(flags, name, value)
     if flags.freeze_blocks is None:
         flags.freeze_blocks = flags.depth // 2 if flags.pretrained else 0
+    if frozen is None:
+        flags.freeze_blocks = min(flags.freeze_blocks, flags.depth)
     if flags.freeze_blocks > flags.depth:
-        parser.error(f"--freeze-blocks: got {flags.freeze_blocks}, the model has {flags.depth}")
+        parser.error(f"--freeze-blocks: got {frozen}, the model has {flags.depth} blocks")
     if flags.data == "synthetic" and flags.root:
         parser.error("--root: the synthetic birds are drawn, not read: leave it out or give --data")
     if flags.data != "synthetic" and not flags.root:
