@@ -203,7 +203,7 @@ def find_grid(entries: int, grid: tuple | None, target: tuple) -> tuple[tuple, b
     for with_cls in (True, False):
         n = entries - with_cls
         for candidate in (grid,) if grid else (square(n), target if with_cls else None):
-            if candidate and math.prod(candidate) == n and n > 0:
+            if candidate and math.prod(candidate) == n and n > (not with_cls):
                 return candidate, with_cls
     return (target, False) if not grid and entries == math.prod(target) else None
 

@@ -25,7 +25,7 @@ from lctr import load_checkpoint
 pytestmark = pytest.mark.usefixtures("without_pictures")
 ROOT = Path(__file__).parent.parent
 TINY = ("--img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 2 --pretrain-epochs 1 "
-        "--limit-train 33 --limit-test 10").split()
+        "--limit-train 33 --limit-test 10 --freeze-blocks 0").split()
 
 
 def run(out, *flags):
@@ -92,7 +92,12 @@ def test_a_run_leaves_what_it_promises(finished):
         "curve.png"}
     for name in ("gallery.png", "curve.png"):
         Image.open(finished / name).verify()
-    assert not [path for path in finished.iterdir() if path.suffix not in (".json", ".jsonl", ".pt", ".png")]
+    endings = (".json", ".jsonl", ".pt", ".png")
+    assert not [path for path in finished.iterdir()
+                if path.suffix not in endings and path.name != ".lock"]
+    assert (finished / "loss.png").exists()
+    best = torch.load(finished / "best.pt", weights_only=True)
+    assert not {"optimizer", "scaler", "rng"} & set(best)
 
     checkpoint = torch.load(finished / "last.pt", weights_only=True)
     assert set(checkpoint) >= {"model", "config", "classes", "phase", "epoch", "step", "optimizer", "rng", "metrics"}
@@ -132,7 +137,8 @@ def test_data_without_val_uses_the_last_epoch_and_the_fixed_threshold(tmp_path, 
     out = run(tmp_path / "run", *flags)
     assert json.loads((out / "metrics.json").read_text())["threshold"] == 0.2
     assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(out, "best.pt").values()))
-    line = fails(capsys, *TINY, "--out", tmp_path / "auto", *flags, "--threshold", "auto")
+    line = fails(capsys, *TINY, "--out", tmp_path / "auto", *flags, "--threshold", "auto", status=2)
+    assert not (tmp_path / "auto").exists()
     assert "--threshold" in line and "val" in line
 
 
@@ -301,16 +307,18 @@ def test_killed_before_its_last_evaluation(tmp_path, finished, monkeypatch):
     assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, finished, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, finished, monkeypatch, capsys, number):
     original = train.learning_rate
 
     def interrupt(step, *rest):
-        train.Interrupt.asked = step == 5
+        if step == 5:
+            os.kill(os.getpid(), number)
         return original(step, *rest)
 
     monkeypatch.setattr(train, "learning_rate", interrupt)
     message = fails(capsys, *TINY, "--out", tmp_path / "run", "--checkpoint-every", 100, status=130)
-    assert "--resume" in message
+    assert "--resume" in message and "stopping after this step" in message
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert (saved["phase"], saved["step"]) == ("main", 6)
     monkeypatch.undo()
@@ -430,10 +438,11 @@ def test_two_processes_make_the_same_run(tmp_path, finished):
 def test_one_process_that_fails_ends_all_and_shows_why(tmp_path):
     """The picture that cannot be read is met in training, by the one process that has it in its half of the batch."""
     for split, n in (("train", 8), ("test", 2)):
-        (tmp_path / split / "dots").mkdir(parents=True)
         for i in range(n):
-            Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / split / "dots" / f"{i}.png")
-    culprit = tmp_path / "train" / "dots" / "5.png"
+            name = tmp_path / split / ("dots", "lines")[i % 2] / f"{i}.png"
+            name.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (i, 0, 0)).save(name)
+    culprit = tmp_path / "train" / "lines" / "5.png"
     culprit.write_bytes(culprit.read_bytes()[:60])
     status, errors = torchrun(*TINY, "--data", "folder", "--root", tmp_path, "--patch-size", 8, "--out", tmp_path / "run")
     ours = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
@@ -459,9 +468,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_culprits(tmp_path, monkeypatch
 
 @given(samples=st.integers(1, 50), batch_size=st.integers(1, 60), seed=st.integers(0, 3), epoch=st.integers(0, 3))
 def test_epoch_batches_are_full_disjoint_and_repeatable(samples, batch_size, seed, epoch):
+    batch_size = min(batch_size, samples)
     batches = train.epoch_batches(samples, batch_size, seed, epoch)
     flat = [i for batch in batches for i in batch]
-    size = min(batch_size, samples)
+    size = batch_size
     assert {len(batch) for batch in batches} == {size} and len(batches) == samples // size
     assert len(set(flat)) == len(flat) and set(flat) <= set(range(samples))
     assert batches == train.epoch_batches(samples, batch_size, seed, epoch)
@@ -483,28 +493,101 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth(total, share, 
     assert train.learning_rate(total, total, warmup, peak) == pytest.approx(0.01 * peak)
 
 
+def rates(*flags, layer_decay=1.0, frozen=0):
+    """Each parameter's (scale of the rate, weight decay), None where it is frozen."""
+    model = train.build(vars(train.parse_flags([*TINY, *flags])), 9)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = dict.fromkeys(names.values())
+    for group in train.adamw(model, 0.05, layer_decay, frozen).param_groups:
+        for parameter in group["params"]:
+            found[names[parameter]] = (group["scale"], group["weight_decay"])
+    return found
+
+
 def test_what_is_decayed_and_what_learns_slower():
-    model = train.build(vars(train.parse_flags(TINY)), 9)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = train.adamw(model, 0.05, 0.5, pretrained=False).param_groups
-    decay = {names[parameter]: group["weight_decay"] for group in groups for parameter in group["params"]}
-    scale = {names[parameter]: group["scale"] for group in groups for parameter in group["params"]}
-    assert len(groups) == 4 and decay.keys() == set(names.values())
-    assert all(scale[name] == (1.0 if name.startswith("cdm.") else 0.5) for name in scale)
-    assert not any(decay[n] for n in ("cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "cdm.bias"))
-    assert all(decay[n] == 0.05 for n in ("cdm.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"))
+    found = rates()
+    assert None not in found.values()
+    gate = {name for name, (scale, _) in found.items() if scale == train.GATE_RATE}
+    assert gate == {f"cdm.{layer}.{kind}" for layer in ("conv", "score_avg", "score_max")
+                    for kind in ("weight", "bias")}
+    assert {scale for name, (scale, _) in found.items() if name not in gate} == {1.0}
+    for name in ("cls_token", "pos_embed", "norm.weight", "blocks.0.attn.qkv.bias", "cdm.bias"):
+        assert found[name][1] == 0
+    for name in ("cdm.weight", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"):
+        assert found[name][1] == 0.05
 
 
-def test_a_folded_layer_scale_learns_at_a_smaller_rate():
+def test_rates_decay_by_layer():
+    found = rates(layer_decay=0.5)
+    for name, scale in (("cdm.weight", 1), ("norm.weight", 1), ("blocks.1.attn.qkv.weight", 0.5),
+                        ("blocks.0.attn.qkv.weight", 0.25), ("pos_embed", 0.125),
+                        ("cls_token", 0.125), ("patch_embed.proj.bias", 0.125)):
+        assert found[name][0] == scale, name
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_frozen_blocks_do_not_move(tmp_path, frozen):
+    out = run(tmp_path / "run", "--freeze-blocks", frozen)
+    before, after = weights(out, "pretrained.pt"), weights(out)
+    for name, value in after.items():
+        if name.startswith(train.HEADS):
+            continue
+        layer = train.layer_of(name, 2)
+        assert torch.equal(value, before[name]) == (frozen > 0 and layer <= frozen), name
+
+
+def test_frozen_blocks_take_no_backward_pass(monkeypatch):
     model = train.build(vars(train.parse_flags(TINY)), 9)
-    with torch.no_grad():
-        model.blocks[0].mlp.fc2.weight.normal_(std=0.002)
-        model.blocks[1].mlp.fc2.weight.normal_(std=0.2)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = train.adamw(model, 0.05, 1.0, pretrained=True).param_groups
-    scale = {names[parameter]: group["scale"] for group in groups for parameter in group["params"]}
-    assert scale["blocks.0.mlp.fc2.weight"] == scale["blocks.0.mlp.fc2.bias"] == pytest.approx(0.1, rel=0.1)
-    assert scale["blocks.1.mlp.fc2.weight"] == scale["blocks.0.attn.qkv.weight"] == scale["cdm.weight"] == 1
+    train.adamw(model, 0.05, 1.0, frozen=1)
+    tokens, _ = model.forward_features(torch.randn(2, 3, 32, 32))
+    assert tokens.requires_grad and not model.embed(torch.randn(2, 3, 32, 32)).requires_grad
+    model.blocks[0].register_forward_hook(
+        lambda *args: pytest.fail("graph") if args[2][0].requires_grad else None)
+    model(torch.randn(2, 3, 32, 32))
+
+
+def test_resume_refuses_other_data_and_what_is_not_the_last(tmp_path, finished, capsys):
+    saved = torch.load(finished / "last.pt", weights_only=True)
+    for change, words in (
+        (lambda s: s["classes"].__setitem__(1, "dodo"), "class 'dodo' is now"),
+        (lambda s: s["classes"].append("dodo"), "10 classes then, 9 now"),
+        (lambda s: s["data"].update(images=7), "7 training pictures then, 33 now"),
+        (lambda s: s["data"].update(digest="x"), "other file names or labels"),
+        (lambda s: s.pop("optimizer"), "holds no optimizer to resume with"),
+    ):
+        content = {**saved, "classes": list(saved["classes"]), "data": dict(saved["data"]),
+                   "metrics": {}}
+        change(content)
+        torch.save(content, tmp_path / "last.pt")
+        line = fails(capsys, *TINY, "--out", tmp_path / "run", "--resume", tmp_path / "last.pt")
+        assert words in line and "\n" not in line
+        assert not (tmp_path / "run").exists()
+
+
+def test_one_process_at_a_time_writes_into_a_run(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    code = ("import sys, pathlib; from support.runs import lock; "
+            "held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    line = fails(capsys, *TINY, "--out", tmp_path / "run")
+    assert "another train.py is writing into" in line
+    other.kill(), other.wait()
+    run(tmp_path / "run")
+
+
+def test_resume_where_nothing_is_says_so(tmp_path, capsys):
+    run(tmp_path / "run", "--resume")
+    assert "this one starts afresh" in capsys.readouterr().out
+
+
+def test_an_evaluation_does_not_finish_a_run(tmp_path, finished, kill_at):
+    kill_at(9)
+    with pytest.raises(Killed):
+        run(tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").write_text("{}")
+    assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
 
 def test_defaults_are_the_papers():
@@ -541,10 +624,12 @@ def test_defaults_are_the_papers():
     (["--epochs", "9" * 400], "--epochs"),
     (["--workers", "100000"], "--workers"), (["--device", "cuda:99"], "--device"),
     (["--img-size", "9" * 12], "--img-size"),
+    (["--accumulate", "40"], "--batch-size"), (["--freeze-blocks", "9"], "--freeze-blocks"),
+    (["--device", "mps"], "mps"), (["--layer-decay", "0"], "--layer-decay"),
     (["--checkpoint-every", "0"], "--checkpoint-every"), (["--eval-every", "0"], "--eval-every"),
 ])
 def test_wrong_flags_end_in_one_line_with_status_2(capsys, monkeypatch, flags, name):
-    monkeypatch.setattr(train, "train", lambda _: None)
+    monkeypatch.setattr(train, "train", lambda *_: None)
     error = fails(capsys, *flags, status=2)
     assert error.startswith("train.py: error: ") and name in error and error.count("\n") == 1
 
@@ -558,7 +643,6 @@ def test_wrong_files_end_in_one_line(tmp_path, capsys):
         ([*TINY, "--out", tmp_path / "b", "--pretrained", tmp_path / "none.pth"], "none.pth"),
         ([*TINY, "--out", tmp_path / "b", "--pretrained", tmp_path / "file"], str(tmp_path / "file")),
         ([*TINY, "--out", tmp_path / "c", "--resume", tmp_path / "none.pt"], "none.pt"),
-        ([*TINY, "--out", tmp_path / "d", "--accumulate", 9], "--batch-size"),
     ):
         line = fails(capsys, *flags)
         assert line.startswith("train.py: error: ") and words in line and "\n" not in line
