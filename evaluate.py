@@ -53,6 +53,11 @@ from support.outputs import claim, find_images, printable, run_names
 from support.photographs import Viewer, write_photographs
 from support.table import format_table
 
+try:
+    from support import weights
+except ImportError:  # until that file is there
+    import lctr as weights
+
 THRESHOLDS = [i / 100 for i in range(100)]  # of curves and oracles
 DEFAULT_THRESHOLD = 0.2  # CAM's, for a checkpoint that names none
 LABELS = {  # what a coupling is called in the literature, by head
@@ -477,20 +482,19 @@ class Subject(NamedTuple):
 
 def load(path: str, flags: argparse.Namespace) -> Subject:
     """A checkpoint's model on the device; with --images a backbone without a head will do."""
+    content = weights.read_weights(path) if flags.images else None
     try:
         model, checkpoint = load_checkpoint(path)
     except ValueError:
-        if not flags.images:
-            raise
-        from support import weights
-        content = weights.read_weights(path)
-        if not flags.images or "config" in content:
+        if content is None or "config" in content:
             raise
         model, checkpoint = backbone(path, content, flags.img_size)
+    if checkpoint["phase"] != "main" and checkpoint["classes"]:
+        print(f"{path}: sizes read off its shapes, {checkpoint['config']['num_heads']} attention "
+              "heads (64 channels each where the file does not say)")
     if flags.img_size and pair(flags.img_size) != model.img_size and checkpoint["classes"]:
         config = {flag: value for flag, value in checkpoint["config"].items()
                   if flag in MODEL_FLAGS} | {"img_size": flags.img_size}
-        from support import weights
         state, grid = model.state_dict(), model.grid
         model = build(len(checkpoint["classes"]), config)
         state["pos_embed"] = weights.resize_pos_embed(state["pos_embed"], grid, model.grid)
@@ -510,19 +514,21 @@ def build(num_classes: int, config: dict) -> LCTR:
 
 def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tuple[LCTR, dict]:
     """A backbone alone, for a first look at its attention, and a checkpoint without classes."""
-    from support import weights
     try:
-        state = weights.own_names(content, path)
-        weights.convert(state, path)
-        config = weights.architecture(state, weights.said(content))
-    except weights.LOAD_ERRORS as error:
-        message = str(error) if str(error).startswith(path) else (
-            f"{path}: neither a checkpoint nor a ViT's backbone ({last_line(error)})")
-        raise ValueError(message) from None
+        if hasattr(weights, "own_names"):
+            state = weights.own_names(content, path)
+            weights.convert(state, path)
+            config = weights.architecture(state, weights.said(content))
+        else:
+            config = weights.architecture(weights.to_own_names(content, path)[0])
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: neither a checkpoint nor a ViT's backbone "
+                         f"({last_line(error)})") from None
     config |= {"head": "token", "img_size": img_size or config["img_size"]}
     model = build(1, config)  # its head is never looked at
-    print(f"{path}: no class was trained: attention alone, of a ViT with {config['depth']} blocks "
-          f"and {config['num_heads']} heads, input {' x '.join(map(str, model.img_size))}")
+    print(f"{path}: no class was trained: attention alone, {config['depth']} blocks, "
+          f"{config['num_heads']} attention heads (64 channels each where the file does not say), "
+          f"input {' x '.join(map(str, model.img_size))}")
     print(load_pretrained(model, path))
     return model, {"classes": [], "phase": "external", "config": config}
 
@@ -688,10 +694,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def stop(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -715,6 +715,7 @@ def test_a_picture_that_cannot_be_written_ends_no_batch(checkpoint, tmp_path, ca
     (["--checkpoint", "a", "b"], "--images: takes one --checkpoint"),
     (["--img-size", "0"], "--img-size: got 0"),
     (["--img-size", "2x3x4"], "--img-size: got 2x3x4"),
+    (["--img-size", "18"], "--img-size"),
     (["--device", "mps"], "--device: mps"),
     (["--device", "meta"], "--device: meta"),
     (["--amp", "fp8"], "--amp: invalid choice"),
@@ -826,6 +827,99 @@ def test_a_signal_ends_it_in_one_line(checkpoint, tmp_path, number):
     out, err = run.communicate(timeout=120)
     assert (run.returncode, err) == (1, "evaluate.py: stopped\n")
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+# ---------------------------------------------------------------- a first look without training
+
+
+def backbone_file(path, head=None, D=64, heads=1, **more):
+    """A file in timm's names: a small random ViT, with an image classifier if asked for."""
+    torch.manual_seed(1)
+    model = LCTR(head or 1, img_size=16, patch_size=4, embed_dim=D, depth=2, num_heads=heads,
+                 head="token").eval()
+    state = model.state_dict()
+    for key in ("weight", "bias"):
+        value = state.pop(f"classifier.{key}")
+        if head:
+            state[f"head.{key}"] = value
+    torch.save(state | more, path)
+    return model
+
+
+@pytest.mark.parametrize("img_size", [None, 32, [16, 24]])
+def test_a_first_look_needs_no_training(tmp_path, capsys, img_size):
+    photo, out = tmp_path / "p.png", tmp_path / "out"
+    noise(0, (50, 40)).save(photo)
+    backbone_file(tmp_path / "vit.pth")
+    flags = ["--img-size", "x".join(map(str, np.atleast_1d(img_size)))] if img_size else []
+    status, text, err = call(capsys, evaluate, "--checkpoint", tmp_path / "vit.pth",
+                             "--images", photo, "--out", out, "--threshold", 0.4, *flags)
+    assert (status, err) == (0, "") and "no class was trained" in text
+    assert "1 attention heads" in text  # a guess, printed
+    entry, = json.loads((out / "boxes.json").read_text())
+
+    model = LCTR(1, img_size=img_size or 16, patch_size=4, embed_dim=64, depth=2, num_heads=1,
+                 head="token").eval()
+    evaluate.load_pretrained(model, str(tmp_path / "vit.pth"))
+    image, _, _ = data.load_image(photo, model.img_size)
+    with torch.no_grad():
+        found = model.localize(image[None])
+    for coupling, m in (("cls-only", found.cls_map), ("relation-only", found.relation_map)):
+        m = F.interpolate(m[None], model.img_size, mode="bilinear", align_corners=False)[0]
+        box = largest_boxes(m, [0.4])[0, 0] / torch.tensor([*model.img_size[::-1]] * 2)
+        assert entry["boxes"][coupling] == pytest.approx((box * torch.tensor([50, 40, 50, 40]))
+                                                         .tolist())
+    assert entry["top5"] == [] and entry["box"] == entry["boxes"]["relation-only"]
+    assert figures.is_ours(out / "p.png")
+
+
+def test_a_file_with_a_classifier_keeps_its_classes(tmp_path, capsys):
+    photo = tmp_path / "p.png"
+    noise(0, (50, 40)).save(photo)
+    model = backbone_file(tmp_path / "deit.pth", head=7)
+    status, text, err = call(capsys, evaluate, "--checkpoint", tmp_path / "deit.pth",
+                             "--images", photo, "--out", tmp_path / "out")
+    assert status == 0 and "1 attention heads (64 channels each" in text, err
+    entry, = json.loads((tmp_path / "out" / "boxes.json").read_text())
+    with torch.no_grad():
+        chances = model(data.load_image(photo, 16)[0][None]).softmax(1)[0]
+    best = chances.topk(5)
+    assert [name for name, _ in entry["top5"]] == [f"class {c}" for c in best.indices.tolist()]
+    assert [p for _, p in entry["top5"]] == pytest.approx(best.values.tolist(), rel=1e-5)
+    assert entry["boxes"].keys() == {"cls-only", "relation-only"}
+
+
+checked = pytest.mark.skipif(
+    not Path(evaluate.__file__).with_name("support").joinpath("weights.py").exists(),
+    reason="load_pretrained takes any overlap so far")
+
+
+@pytest.mark.parametrize("more, message", [
+    pytest.param({"blocks.0.ls3": torch.ones(64)}, "blocks.0.ls3", marks=checked),
+    pytest.param({"norm.weight": None}, "norm.weight", marks=checked),
+    ({"pos_embed": torch.zeros(1, 12, 64)}, "vit.pth"),
+    ({"patch_embed.proj.weight": torch.zeros(64, 1, 4, 4)}, "patch_embed"),
+])
+def test_a_first_look_at_another_network_is_an_error(tmp_path, capsys, more, message):
+    backbone_file(tmp_path / "vit.pth", **more)
+    state = torch.load(tmp_path / "vit.pth", weights_only=True)
+    torch.save({k: v for k, v in state.items() if v is not None}, tmp_path / "vit.pth")
+    result = call(capsys, evaluate, "--checkpoint", tmp_path / "vit.pth", "--out",
+                  tmp_path / "out", "--images", picture(tmp_path / "p.jpg"))
+    assert message in script_error(result, evaluate) and not (tmp_path / "out").exists()
+
+
+def test_a_backbone_alone_scores_no_data_set(tmp_path, capsys):
+    backbone_file(tmp_path / "vit.pth")
+    result = call(capsys, evaluate, "--checkpoint", tmp_path / "vit.pth", "--data", "synthetic")
+    assert "vit.pth" in script_error(result, evaluate)
+
+
+def test_another_input_size_resizes_a_checkpoints_positions(checkpoint, tmp_path, capsys):
+    status, _, err = call(capsys, evaluate, "--checkpoint", checkpoint, "--limit-test", 4,
+                          "--img-size", "32x16", "--out", tmp_path / "out", "--save-maps")
+    assert status == 0, err
+    assert np.load(tmp_path / "out" / "maps.npz")["cls_map"].shape == (4, 8, 4)
 
 
 # ---------------------------------------------------------------- data without boxes
