@@ -41,6 +41,7 @@ from torch import Tensor
 
 import data
 from lctr import COUPLINGS, LCTR, MODEL_FLAGS, Localization, fuse, load_checkpoint, load_pretrained
+from support import weights
 from support.boxes import (baseline_iou, box_iou, enlarge, largest_boxes, score_maps, to_image,
                            to_input)
 from support.common import (autocast, last_line, minmax, pair, progress, write_atomic, write_json,
@@ -52,11 +53,6 @@ from support.flags import parse_flags as evaluate_flags
 from support.outputs import claim, find_images, printable, run_names
 from support.photographs import Viewer, write_photographs
 from support.table import format_table
-
-try:
-    from support import weights
-except ImportError:  # until that file is there
-    import lctr as weights
 
 THRESHOLDS = [i / 100 for i in range(100)]  # of curves and oracles
 DEFAULT_THRESHOLD = 0.2  # CAM's, for a checkpoint that names none
@@ -515,13 +511,10 @@ def build(num_classes: int, config: dict) -> LCTR:
 def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tuple[LCTR, dict]:
     """A backbone alone, for a first look at its attention, and a checkpoint without classes."""
     try:
-        if hasattr(weights, "own_names"):
-            state = weights.own_names(content, path)
-            weights.convert(state, path)
-            config = weights.architecture(state, weights.said(content))
-        else:
-            config = weights.architecture(weights.to_own_names(content, path)[0])
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        state = weights.own_names(content, path)
+        weights.convert(state, path)
+        config = weights.architecture(state, weights.said(content))
+    except weights.LOAD_ERRORS as error:
         raise ValueError(f"{path}: neither a checkpoint nor a ViT's backbone "
                          f"({last_line(error)})") from None
     config |= {"head": "token", "img_size": img_size or config["img_size"]}

@@ -889,15 +889,9 @@ def test_a_file_with_a_classifier_keeps_its_classes(tmp_path, capsys):
     assert entry["boxes"].keys() == {"cls-only", "relation-only"}
 
 
-checked = pytest.mark.skipif(
-    not Path(evaluate.__file__).with_name("support").joinpath("weights.py").exists(),
-    reason="load_pretrained takes any overlap so far")
-
-
 @pytest.mark.parametrize("more, message", [
-    pytest.param({"blocks.0.ls3": torch.ones(64)}, "blocks.0.ls3", marks=checked),
-    pytest.param({"norm.weight": None}, "norm.weight", marks=checked),
-    ({"pos_embed": torch.zeros(1, 12, 64)}, "vit.pth"),
+    ({"blocks.0.ls3": torch.ones(64)}, "blocks.0.ls3"),  # it computes something else
+    ({"norm.weight": None}, "norm.weight"), ({"pos_embed": torch.zeros(1, 12, 64)}, "vit.pth"),
     ({"patch_embed.proj.weight": torch.zeros(64, 1, 4, 4)}, "patch_embed"),
 ])
 def test_a_first_look_at_another_network_is_an_error(tmp_path, capsys, more, message):
