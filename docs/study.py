@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 import data
 import evaluate
 import kernels
-from kernels.benchmark import machine
+from support.common import machine
 from lctr import LCTR, load_checkpoint, mean_over_blocks
 
 TABLES = {  # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices

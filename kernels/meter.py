@@ -1,74 +1,23 @@
-"""Three things done to Triton's interpreter: its bfloat16 made right, its overhead cut, every memory access counted.
-
-Importing this file (with TRITON_INTERPRET=1 set before) corrects bfloat16, which the interpreter keeps as 16 bits in a
-uint16: its casts round wrongly, and its dot multiplies the bits as integers. All other bfloat16 arithmetic is as wrong
-and stays so: kernels cast to float32 right after a load. A quarter to a half of the interpreter's time goes into
-overflow checks of every integer operation; they are left out.
+"""Counts every memory access of the kernels that Triton's interpreter runs.
 
     with measure() as launches:
         kernels.aggregate_attention(attn, backend="triton")
     launches[0].tensors["attn"].issued     # bytes that the kernel's loads asked for
-    launches[0].tensors["attn"].unique     # bytes of it that were touched at all: what must come from memory at least
+    launches[0].tensors["attn"].unique     # bytes touched at all: at least these come from memory
 
-Counts are exact and the same on every run, so they can be tested. They say nothing about caches or coalescing.
+Counts are exact and the same on every run, so tests can check them. They say nothing about caches
+or coalescing.
 """
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import triton.language as tl
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-
-# ------------------------------------------------------------------------------------------------------- bfloat16
-
-
-def _widen(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bits -> float32, exactly."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    """float32 -> bfloat16 bits, to nearest even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-
-
-_cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-
-def _cast_right(self, source, dtype):
-    if source.dtype.scalar == dtype.scalar:
-        return source
-    if source.dtype.scalar == tl.bfloat16:
-        source = TensorHandle(_widen(source.data), tl.float32)
-    if dtype.scalar == tl.bfloat16:
-        return TensorHandle(_narrow(source.data), tl.bfloat16)
-    return _cast(self, source, dtype)
-
-
-def _dot_right(self, a, b, acc, *options):
-    """Products of 16-bit numbers are exact in float32, where numpy has a fast matmul for them."""
-    _count_operations(2 * a.data.size * b.data.shape[-1])
-    return _dot(self, _cast_right(self, a, tl.float32), _cast_right(self, b, tl.float32), acc, *options)
-
-
-InterpreterBuilder.cast_impl = _cast_right
-InterpreterBuilder.create_fp_to_fp = lambda self, source, dtype, rounding: _cast_right(self, source, dtype)
-InterpreterBuilder.create_dot = _dot_right
-
-
-# ----------------------------------------------------------------------------------------------------------- time
-
-interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-
-
-# ---------------------------------------------------------------------------------------------------------- meter
+from . import interpreter
 
 
 class Access(NamedTuple):
@@ -90,20 +39,20 @@ class Access(NamedTuple):
 
     @property
     def races(self) -> int:
-        """Elements stored more than once, or both loaded and stored: their value may depend on the programs' order."""
+        """Elements stored more than once, or both loaded and stored: the order may decide them."""
         return int(((self.stores > 1) | ((self.loads > 0) & (self.stores > 0))).sum())
 
 
 class Launch:
-    """One kernel's launch: its name, Access per tensor argument, programs, operations in tl.dot with padding, atomics.
+    """One kernel's launch: name, Access per tensor argument, programs, operations in tl.dot, atomics.
 
-    An address in no tensor argument's storage raises IndexError at once. `stray` counts accesses that lie in a storage
-    but in none of the views that were passed.
+    Operations include padding. An address in no tensor argument's storage raises IndexError at
+    once. `stray` counts accesses that lie in a storage but in none of the views that were passed.
     """
 
     def __init__(self, kernel: str, arguments: dict):
         self.kernel = kernel
-        self.arguments = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        self.arguments = {n: value for n, value in arguments.items() if isinstance(value, torch.Tensor)}
         self.programs = self.operations = self.atomics = 0
         self.counts = {}  # address of a storage: (bytes per element, loads, stores)
         for tensor in self.arguments.values():
@@ -120,7 +69,8 @@ class Launch:
             if 0 <= elements.min() and elements.max() < counts[0].size:
                 np.add.at(counts[int(store)], elements, 1)
                 return
-        raise IndexError(f"{self.kernel}: {'store' if store else 'load'} out of bounds of every argument")
+        kind = "store" if store else "load"
+        raise IndexError(f"{self.kernel}: {kind} out of bounds of every argument")
 
     @property
     def tensors(self) -> dict[str, Access]:
@@ -139,7 +89,8 @@ class Launch:
             inside = torch.zeros(counts[0].size, dtype=torch.bool)
             for tensor in self.arguments.values():
                 if tensor.untyped_storage().data_ptr() == start:
-                    inside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(True)
+                    layout = tensor.shape, tensor.stride(), tensor.storage_offset()
+                    inside.as_strided(*layout).fill_(True)
             total -= sum(int(c[inside.numpy()].sum()) for c in counts)
         return total
 
@@ -149,7 +100,7 @@ _launches: list[Launch] | None = None  # of the measure() that is running
 
 @contextlib.contextmanager
 def measure() -> Iterator[list[Launch]]:
-    """Within the with-block every kernel that the interpreter runs is counted, and added to the list as it starts."""
+    """Within it, every kernel that the interpreter runs is counted, and added to the list."""
     global _launches
     _launches = []
     try:
@@ -158,9 +109,10 @@ def measure() -> Iterator[list[Launch]]:
         _launches = None
 
 
-def _count_operations(operations: int) -> None:
+def _counted_dot(self, a, b, *options):
     if _launches:
-        _launches[-1].operations += operations
+        _launches[-1].operations += 2 * a.data.size * b.data.shape[-1]
+    return _dot(self, a, b, *options)
 
 
 def _counted_launch(self, *args, **kwargs):
@@ -193,8 +145,12 @@ def _counted_atomic(self, *args):
     return _atomic(self, *args)
 
 
+interpreter.enable()  # before its dot is wrapped
+_dot, InterpreterBuilder.create_dot = InterpreterBuilder.create_dot, _counted_dot
 _run, GridExecutor.__call__ = GridExecutor.__call__, _counted_launch
-_start_program, InterpreterBuilder.set_grid_idx = InterpreterBuilder.set_grid_idx, _counted_program
-_load, InterpreterBuilder.create_masked_load = InterpreterBuilder.create_masked_load, _counted_load
-_store, InterpreterBuilder.create_masked_store = InterpreterBuilder.create_masked_store, _counted_store
+_start_program = InterpreterBuilder.set_grid_idx
+InterpreterBuilder.set_grid_idx = _counted_program
+_load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+InterpreterBuilder.create_masked_load = _counted_load
+InterpreterBuilder.create_masked_store = _counted_store
 _atomic, InterpreterBuilder.create_atomic_rmw = InterpreterBuilder.create_atomic_rmw, _counted_atomic

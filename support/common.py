@@ -5,6 +5,8 @@ import contextlib
 import json
 import math
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -165,3 +167,13 @@ def choose_amp(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """The precision of a forward pass, in train.py and evaluate.py alike."""
     return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
+
+
+def machine() -> str:
+    """The GPU, or the CPU and its cores: where a measurement was made."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux
+    name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    return f"{name[1] if name else platform.machine()}, {threads}"

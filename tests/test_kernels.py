@@ -1,18 +1,12 @@
-"""The Triton kernels, in Triton's interpreter, against their naive twins in float64; and how `kernels` dispatches.
+"""The Triton kernels, in Triton's interpreter, against their naive twins; and how `kernels` dispatches.
 
-Tolerances follow from the arithmetic, not from trial. With u the unit roundoff of a dtype (half its eps), a result that
-passes `roundings` times through the storage dtype and sums `length` products in float32 is within
-
-    (roundings * u(dtype) + (length + 16) * u(float32)) * magnitude
-
-of the exact one, where magnitude is the same operation on absolute values (so that cancellation hides nothing) and 16
-covers the few float32 operations around the sum. float16 also underflows: see near().
+kernel_checks.py has the checks, and how their tolerances follow from the arithmetic.
 """
 
+import itertools
 import os
 import subprocess
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,107 +16,29 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import kernels
+from kernel_checks import (
+    DTYPES, LAYOUTS, AttentionCase, ConvCase, attention_inputs, check_aggregate, check_attention,
+    check_class_maps, check_class_row, check_conv, conv_inputs, near, random, unit,
+)
 from kernels import reference
 
 torch.set_num_threads(2)
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 interpreted = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, deadline=None, derandomize=True, database=None,
+    suppress_health_check=list(HealthCheck),
 )
 
-
-def unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
-def near(actual, exact, magnitude, dtype, roundings, length, what=""):
-    """Asserts the bound above, plus what each of the summands can lose by falling below the dtype's normal numbers."""
-    limits = torch.finfo(dtype)
-    relative = roundings * unit(dtype) + (length + 16) * unit(torch.float32)
-    underflow = (length + roundings) * limits.smallest_normal * limits.eps * max(1.0, magnitude.detach().max().item())
-    assert actual.shape == exact.shape, f"{what}: {tuple(actual.shape)} for {tuple(exact.shape)}"
-    excess = (actual.double() - exact).abs() - relative * magnitude - underflow
-    assert not actual.isnan().any() and excess.max() <= 0, f"{what}: off by {excess.max():.2g} more than allowed"
-
-
-def random(seed: int):
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *size: torch.randn(size, generator=generator)
-
-
-def check_twin(module, name, inputs, dtype, roundings, lengths, gradient_lengths, seed=0, **options):
-    """One function of `module` on Triton against its twin: outputs, and every input's gradient under random upstream.
-
-    For functions that are sums of products: the twin at absolute values, and its gradients, are the magnitudes.
-    """
-
-    def run(functions, convert, upstream, **options):
-        leaves = [None if t is None else convert(t).requires_grad_() for t in inputs]
-        outputs = getattr(functions, name)(*leaves, **options)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        upstream = [convert(u) for u in upstream] or [normal(*o.shape).to(o.dtype) for o in outputs]
-        gradients = torch.autograd.grad(outputs, [t for t in leaves if t is not None], upstream)
-        return [*outputs, *gradients], upstream
-
-    normal = random(seed + 1)
-    actual, upstream = run(module, torch.Tensor.detach, [], backend="triton", **options)
-    exact, _ = run(reference, lambda t: t.detach().double(), upstream, **options)
-    magnitude, _ = run(reference, lambda t: t.detach().double().abs(), upstream, **options)
-    for i, (a, e, m, length) in enumerate(zip(actual, exact, magnitude, [*lengths, *gradient_lengths])):
-        what = f"output {i}" if i < len(lengths) else f"gradient of input {i - len(lengths)}"
-        near(a, e, m, dtype, roundings, length, f"{name}, {what}")
-
-
-# --------------------------------------------------------------------------------------------------------- RPAM
-
-
-class AttentionCase(NamedTuple):
-    B: int = 2
-    S: int = 3
-    N: int = 67
-    d: int = 24
-    dtype: torch.dtype = torch.float32
-    layout: str = "packed"
-    seed: int = 0
-
+# ------------------------------------------------------------------------------------ RPAM
 
 ATTENTION_CASES = st.builds(
     AttentionCase,
-    B=st.sampled_from([1, 2]), S=st.sampled_from([1, 2, 3, 5]), N=st.sampled_from([1, 2, 13, 31, 33, 64, 65, 67, 127]),
-    d=st.sampled_from([16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
-    layout=st.sampled_from(["packed", "contiguous", "mixed"]), seed=st.integers(0, 2**20),
+    B=st.sampled_from([1, 2]), S=st.sampled_from([1, 2, 3, 5]),
+    N=st.sampled_from([1, 2, 13, 31, 33, 64, 65, 67, 127, 255, 256]),
+    d=st.sampled_from([8, 16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(["packed", *LAYOUTS])] * 3),
+    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]), seed=st.integers(0, 2**20),
 )
-
-
-def attention_inputs(case: AttentionCase):
-    """q, k, v: views of one packed projection, contiguous, or each with strides of its own."""
-    normal, T = random(case.seed), case.N + 1
-    q, k, v = normal(case.B, T, 3, case.S, case.d).to(case.dtype).permute(2, 0, 3, 1, 4)
-    if case.layout == "contiguous":
-        return q.contiguous(), k.contiguous(), v.contiguous()
-    if case.layout == "mixed":
-        return q, k.mT.contiguous().mT, v.contiguous()
-    return q, k, v
-
-
-def check_attention(module, case: AttentionCase):
-    """relation=True. A logit sums d products: error delta, relative in exp and again in its row's sum; A = exp / sum.
-
-    So A is off by 2 delta + (T + 16) u(float32), and M^r, a product of two of them, by twice that and its own sums.
-    """
-    q, k, v = attention_inputs(case)
-    out, cls_attn, relation = module.attention(q, k, v, relation=True, backend="triton")
-    exact = reference.attention(q.double(), k.double(), v.double(), relation=True)
-    T, u = case.N + 1, unit(torch.float32)
-    logits = (q.double().abs() @ k.double().abs().mT / case.d**0.5).amax()
-    delta = (case.d + 16) * u * float(logits)
-    in_units = int(2 * delta / u) + T  # the error of A as a number of float32 roundings
-    magnitude = reference.attention(q.double(), k.double(), v.double().abs())[0]
-    near(out, exact[0], magnitude, case.dtype, 2, in_units + T, "out")  # P and the result pass through the dtype
-    near(cls_attn, exact[1], exact[1], torch.float32, 0, in_units + case.S, "cls_attn")
-    near(relation, exact[2], exact[2], torch.float32, 0, 2 * in_units + T + case.S, "relation")
-    near(cls_attn.sum(1), torch.ones(case.B).double(), torch.ones(case.B), torch.float32, 0, in_units + T, "sum of M^c")
 
 
 @interpreted
@@ -140,16 +56,10 @@ def test_attention_with_the_widest_head():
     check_attention(kernels, AttentionCase(B=1, S=1, N=40, d=128))
 
 
-def check_aggregate(module, case: AttentionCase):
-    """Softmax rows as A, contiguous or with strides of their own; the gradient passes through A's dtype once."""
-    T = case.N + 1
-    attn = random(case.seed)(case.B, case.S, T, T).softmax(-1).to(case.dtype)
-    if case.layout == "contiguous":
-        attn = torch.nn.functional.pad(attn, (0, 5))[..., :T]  # rows padded
-    if case.layout == "mixed":
-        attn = attn.mT.contiguous().mT  # columns contiguous
-    lengths = (case.S, 2 * case.S * T)
-    check_twin(module, "aggregate_attention", [attn], case.dtype, 1, lengths, (2 * case.S * T,), case.seed)
+@interpreted
+@given(ATTENTION_CASES)
+def test_class_row_equals_its_twin(case):
+    check_class_row(kernels, case)
 
 
 @interpreted
@@ -171,8 +81,9 @@ def test_uniform_attention(function):
         _, cls_attn, relation = kernels.attention(q, k, v, relation=True, backend="triton")
     else:
         cls_attn, relation = kernels.aggregate_attention(torch.full((1, 2, T, T), 1 / T), backend="triton")
-    near(cls_attn, torch.full((1, T), 1 / T).double(), cls_attn, torch.float32, 0, T)
-    near(relation, torch.full((1, T - 1), 1 / T**2).double(), relation, torch.float32, 0, 4 * T)
+    exact = torch.full((1, T), 1 / T).double()
+    near(cls_attn, exact, exact, torch.float32, 0, T)
+    near(relation, exact[:, 1:] / T, exact[:, 1:] / T, torch.float32, 0, 4 * T)
 
 
 def test_patches_permuted_permute_the_maps():
@@ -188,65 +99,16 @@ def test_patches_permuted_permute_the_maps():
     torch.testing.assert_close(permuted[2], maps[2][:, order], rtol=2 * u, atol=0)
 
 
-# ---------------------------------------------------------------------------------------------------------- CDM
-
-
-class ConvCase(NamedTuple):
-    B: int = 2
-    D: int = 37
-    C: int = 21
-    G: int = 3
-    h: int = 5
-    w: int = 8
-    k: int = 3
-    dtype: torch.dtype = torch.float32
-    layout: str = "tokens"
-    bias: bool = True
-    seed: int = 0
-
+# ------------------------------------------------------------------------------------- CDM
 
 CONV_CASES = st.builds(
     ConvCase,
     B=st.sampled_from([1, 2]), D=st.sampled_from([1, 5, 33, 66]), C=st.sampled_from([1, 3, 21, 65]),
-    G=st.sampled_from([1, 2, 3, 4, 5, 9]), h=st.sampled_from([1, 2, 7]), w=st.sampled_from([1, 3, 5, 19]),
-    k=st.sampled_from([1, 3]), dtype=st.sampled_from(DTYPES), bias=st.booleans(), seed=st.integers(0, 2**20),
-    layout=st.sampled_from(["tokens", "contiguous", "sliced"]),
+    G=st.sampled_from([1, 2, 3, 4, 5, 9]), h=st.sampled_from([1, 2, 7]),
+    w=st.sampled_from([1, 3, 5, 19]), k=st.sampled_from([1, 3]), dtype=st.sampled_from(DTYPES),
+    bias=st.booleans(), seed=st.integers(0, 2**20),
+    layouts=st.tuples(st.sampled_from(["tokens", *LAYOUTS]), *[st.sampled_from(LAYOUTS)] * 3),
 )
-
-
-def conv_inputs(case: ConvCase):
-    """x as the token view, contiguous, or with every stride its own; scores, weight, bias as the model has them."""
-    B, D, C, G, h, w, k, dtype, layout, bias, seed = case
-    normal = random(seed)
-    if layout == "tokens":
-        x = normal(B, h * w + 1, D).to(dtype)[:, 1:].mT.unflatten(2, (h, w))
-    elif layout == "contiguous":
-        x = normal(B, D, h, w).to(dtype)
-    else:
-        x = normal(B, 2 * D, h + 1, 2 * w).to(dtype)[:, ::2, 1:, ::2]
-    bias = normal(C).to(dtype) if bias else None
-    return x, normal(B, G).sigmoid().to(dtype), (normal(G, C, D, k, k) / 4).to(dtype), bias
-
-
-def check_conv(module, case: ConvCase, name: str = "dynamic_conv2d", **options):
-    """The maps pass through the dtype twice: mixed kernel, output. The logits' steps are each rounded to it: window
-    sums, GEMM, product with the score, sum over g, bias; and as many backward."""
-    B, D, C, G, h, w, k = case[:7]
-    P, taps = h * w, k * k
-    roundings, length = (2, D * taps * G) if name == "dynamic_conv2d" else (6, D * taps * G * P)
-    gradients = (C * taps * G * (1 if name == "dynamic_conv2d" else P), C * D * taps * P, B * P, B * P)
-    check_twin(module, name, conv_inputs(case), case.dtype, roundings, (length,), gradients, case.seed, **options)
-
-
-def check_class_maps(module, case: ConvCase, K: int = 3):
-    """Mixed kernel, output, and output with bias each pass through the dtype."""
-    inputs = conv_inputs(case)
-    classes = torch.randint(case.C, (case.B, K), generator=torch.Generator().manual_seed(case.seed))
-    double = [None if t is None else t.double() for t in inputs]
-    exact = reference.class_maps(*double, classes)
-    magnitude = reference.class_maps(*[None if t is None else t.abs() for t in double], classes)
-    maps = module.class_maps(*inputs, classes, backend="triton")
-    near(maps, exact, magnitude, case.dtype, 3, case.D * case.G * case.k**2, "class_maps")
 
 
 @interpreted
@@ -339,8 +201,10 @@ def test_same_bits_again_and_a_batch_is_its_images(name):
     alone = [torch.cat(outputs) for outputs in zip(*images)]
     for a, b, c in zip(together, again, alone):
         assert torch.equal(a, b)
-        if name == "dynamic_conv_logits":  # ends in torch's GEMM, which sums a batch's rows in another order
-            torch.testing.assert_close(a, c, rtol=81 * unit(torch.float32), atol=81 * 8 * unit(torch.float32))
+        if name in ("dynamic_conv_logits", "attention"):
+            # They end in torch's GEMM or exp2, which treat a batch's last rows differently.
+            u = 81 * unit(torch.float32)
+            torch.testing.assert_close(a, c, rtol=u, atol=8 * u)
         else:
             assert torch.equal(a, c)
 
@@ -401,6 +265,8 @@ def test_operators_pass_torchs_own_checks():
     for operator, inputs in (
         (rpam.aggregate_attention, given["aggregate_attention"]),
         (rpam.attention_relation, [t.detach() for t in given["attention"]]),
+        (rpam.class_scores, [t[:, :, 0] if i == 0 else t for i, t in
+                             enumerate(t.detach().requires_grad_() for t in given["attention"][:2])]),
         (cdm.dynamic_conv2d_op, (*given["dynamic_conv2d"][:2], weight_last, given["dynamic_conv2d"][3])),
         (cdm.dynamic_conv2d_grad_x, (maps, scores, weight_last.detach())),
         (cdm.dynamic_conv2d_grad_weight, (maps, x, scores, weight_last.detach())),
@@ -455,6 +321,222 @@ def test_kernels_come_without_triton_until_they_run():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(kernels.__file__))
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# ------------------------------------------------------- what surrounds the arithmetic
+
+
+@pytest.mark.parametrize("wanted", [
+    subset for n in range(1, 5) for subset in itertools.combinations(range(4), n)
+])
+@pytest.mark.parametrize("name", ["dynamic_conv2d", "dynamic_conv_logits"])
+def test_any_of_the_gradients(name, wanted):
+    check_conv(kernels, ConvCase(D=9, C=7), name, wanted=wanted)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["attention", "aggregate_attention"])
+def test_maps_are_float32_under_autocast(name, backend):
+    """And as exact as that, for inputs that autocast has rounded to bfloat16."""
+    q, k, v = (t.bfloat16() for t in attention_inputs(AttentionCase(N=40, d=16)))
+    inputs = (q, k, v) if name == "attention" else ((q @ k.mT).float().softmax(-1),)
+    options = {"relation": True} if name == "attention" else {}
+    exact = getattr(reference, name)(*(t.double() for t in inputs), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = [t.float() for t in inputs]
+        outputs = getattr(kernels, name)(*given, **options, backend=backend)
+    for actual, expected in zip(outputs[-2:], exact[-2:]):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["dynamic_conv2d", "dynamic_conv_logits", "class_maps"])
+def test_autocast_casts_and_backward_runs_outside(name, backend):
+    """Results and gradients are those of inputs cast by hand, gradients in the leaves' dtype."""
+    case = ConvCase(D=9, C=7)
+    classes = (torch.tensor([[1, 6], [0, 0]]),) * (name == "class_maps")
+
+    def run(cast, context):
+        leaves = [t.requires_grad_() for t in conv_inputs(case)]
+        with context:
+            output = getattr(kernels, name)(*map(cast, leaves), *classes, backend=backend)
+        assert output.dtype == torch.bfloat16
+        return output, *torch.autograd.grad(output.float().square().sum(), leaves)
+
+    automatic = run(lambda t: t, torch.autocast("cpu", torch.bfloat16))
+    by_hand = run(lambda t: t.bfloat16(), torch.autocast("cpu", enabled=False))
+    for a, b in zip(automatic, by_hand):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["attention", "aggregate_attention", "dynamic_conv2d",
+                                  "dynamic_conv_logits", "class_maps"])
+def test_an_empty_batch(name, backend):
+    """Empty outputs, and gradients of zeros for what all images share."""
+    full = arguments()[name]
+    shared = 1 if name in ("attention", "aggregate_attention") else 2
+    inputs = [t.detach()[:0] for t in full] if shared == 1 else [
+        t.detach()[:0] if i in (0, 1, 4) else t.detach() for i, t in enumerate(full)]
+    expected = getattr(kernels, name)(*(t.detach() for t in full), backend="torch")
+    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+    outputs = getattr(kernels, name)(*inputs, backend=backend)
+    outputs, expected = (o if isinstance(o, tuple) else (o,) for o in (outputs, expected))
+    for o, e in zip(outputs, expected):
+        assert (o is None) == (e is None) and (o is None or o.shape == (0, *e.shape[1:]))
+    outputs = [o for o in outputs if o is not None]
+    leaves = [t for t in inputs if t.requires_grad]
+    for leaf, gradient in zip(leaves, torch.autograd.grad(
+            outputs, leaves, [torch.ones_like(o) for o in outputs])):
+        assert gradient.shape == leaf.shape and not gradient.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_no_requested_classes(backend):
+    inputs = [t.detach() for t in conv_inputs(ConvCase())]
+    none = torch.empty(2, 0, dtype=torch.int64)
+    assert kernels.class_maps(*inputs, none, backend=backend).shape == (2, 0, 5, 8)
+
+
+@pytest.mark.parametrize("ids", [[0, -1], [21, 3], [2**32, 0], [-(2**40), 5]])
+def test_class_ids_out_of_range(ids):
+    """ValueError in CPU memory; below that check the kernel and torch read nothing and give NaN."""
+    from kernels import cdm, torch_path
+
+    case = ConvCase(B=1)
+    inputs, classes = conv_inputs(case), torch.tensor([ids])
+    refused(ValueError, ["classes", str(min(ids)), str(max(ids)), "0 to 20"],
+            kernels.class_maps, *inputs, classes)
+    valid = [i for i in range(2) if 0 <= ids[i] < case.C]
+    for products in (cdm.class_products, torch_path.class_products):
+        pairs = products(*inputs[:3], classes).unflatten(1, (2, 9))
+        for i in range(2):
+            assert pairs[:, i].isfinite().all() if i in valid else pairs[:, i].isnan().all()
+
+
+def far(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with images 2^31 elements apart, in memory that nobody touches in between."""
+    stride = 2**31 + 8
+    larger = torch.empty((len(tensor) - 1) * stride + tensor[0].numel(), dtype=tensor.dtype)
+    view = larger.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride()))
+    return view.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["attention", "class_row", "aggregate_attention", "dynamic_conv2d",
+                                  "dynamic_conv_logits", "class_maps"])
+def test_images_far_apart(name):
+    """Offsets beyond 32 bits: the results are those of the same values side by side."""
+    def run(place):
+        if name in ("attention", "class_row", "aggregate_attention"):
+            q, k, v = (t.half() for t in attention_inputs(
+                AttentionCase(S=1, N=5, d=8, layouts=("contiguous",) * 3)))
+            if name == "aggregate_attention":
+                return kernels.aggregate_attention(
+                    place((q @ k.mT).softmax(-1)), backend="triton")
+            q, k, v = map(place, (q, k, v))
+            return kernels.attention(q, k, v, relation=name == "attention", backend="triton")[:2]
+        x, *rest = (t.half() for t in conv_inputs(ConvCase(D=3, C=2, h=2, w=2)))
+        classes = (torch.tensor([[1], [0]]),) * (name == "class_maps")
+        return (getattr(kernels, name)(place(x), *rest, *classes, backend="triton"),)
+
+    for near_by, far_away in zip(run(lambda t: t), run(far)):
+        assert torch.equal(near_by, far_away)
+
+
+def test_offsets_inside_an_image_stay_below_32_bits():
+    """Else the tensor is copied together, and refused where that does not help."""
+    from kernels.launch import short_offsets
+
+    wide = torch.empty(1, device="meta").as_strided((2, 3, 4), (1, 2**31, 1))
+    assert short_offsets("x", wide, 1).stride() == (12, 4, 1)
+    assert short_offsets("x", wide, 2) is wide  # a kernel adds a head's offset in 64 bits
+    huge = torch.empty(1, device="meta").as_strided((1, 2**16, 2**16), (0, 2**16, 1))
+    refused(ValueError, ["x", "65536", "2^31"], short_offsets, "x", huge, 1)
+
+
+class Launched:
+    """A kernel that remembers the grid and the current device."""
+
+    __name__ = "some_kernel"
+    grid = None
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return lambda *arguments, **options: None
+
+
+def test_launch_checks_the_grid_and_enters_the_tensors_device(monkeypatch):
+    from kernels.launch import launch
+
+    kernel, entered = Launched(), []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda t: entered.append(t) or torch.no_grad())
+    tensor = torch.zeros(1)
+    launch(kernel, (0, 5), tensor)
+    assert kernel.grid is None
+    launch(kernel, (2**31 - 1, 65535, 65535), tensor)
+    assert kernel.grid == (2**31 - 1, 65535, 65535) and entered == [tensor]
+    for grid, axis in (((2**31,), "x"), ((1, 65536), "y"), ((1, 1, 65536), "z")):
+        refused(ValueError, ["some_kernel", str(max(grid)), f"{axis} axis"], launch, kernel, grid,
+                tensor)
+
+
+def test_the_batch_is_on_the_grids_first_axis(monkeypatch):
+    """The one that may be long: the other axes stay the same for a batch of 1 and of 3."""
+    from kernels import cdm, rpam
+
+    grids = {}
+
+    def record(kernel, grid, *arguments, **options):
+        grids.setdefault((kernel.__name__, "bias" if "conv_kernel" in kernel.__name__ and
+                          arguments[3] is None else ""), []).append(grid)
+
+    monkeypatch.setattr(cdm, "launch", record)
+    monkeypatch.setattr(rpam, "launch", record)
+    for B in (1, 3):
+        for function, batch in calls(B).values():
+            leaves = [t.requires_grad_() if t.is_floating_point() else t for t in batch]
+            with torch.no_grad() if len(leaves) == 3 else torch.enable_grad():
+                outputs = function(*(t.detach() for t in leaves) if len(leaves) == 3 else leaves)
+            if len(leaves) < 3:
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+    assert len(grids) >= 8
+    for (name, _), (one, three) in grids.items():
+        if name == "conv_weight_kernel":  # loops over the batch
+            assert one == three
+        else:
+            assert three == (3 * one[0], *one[1:]), name
+
+
+@pytest.mark.parametrize("setting, expected", [
+    ("pass", "tf32x3"), ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+    ("torch.set_float32_matmul_precision('high')", "tf32"),
+    ("torch.set_float32_matmul_precision('medium')", "tf32"),
+    ("torch.set_float32_matmul_precision('highest')", "tf32x3"),
+    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+    ("torch.backends.cudnn.allow_tf32 = False", "tf32x3"), ("torch.version.hip = '6'", "ieee"),
+])
+def test_dot_precision_follows_torchs_setting(setting, expected):
+    code = f"import torch; {setting}; from kernels.launch import dot_precision as d; print(d())"
+    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(kernels.__file__))}
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
+                           text=True, env=environment)
+    assert ended.stdout.strip() == expected, ended.stderr
+
+
+def test_dot_precision_before_torch_2_9(monkeypatch):
+    from kernels import launch
+
+    class Matmul:
+        allow_tf32 = True
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul)
+    assert launch.dot_precision() == "tf32"
+    Matmul.allow_tf32 = False
+    assert launch.dot_precision() == "tf32x3"
 
 
 # --------------------------------------------------------------------------------------------------------- errors
