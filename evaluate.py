@@ -23,6 +23,7 @@ MaxBoxAcc and MaxBoxAccV2.
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -74,7 +75,6 @@ PRODUCTS = {  # which maps a coupling multiplies
 @dataclass
 class ImageScores:
     """What is known of each of n images, in data set order, under Q couplings and t thresholds."""
-
     index: np.ndarray  # (n,)
     label: np.ndarray  # (n,)
     top5: np.ndarray  # (n, min(5, C)) class ids, the likeliest first
@@ -558,8 +558,13 @@ def data_source(flags: argparse.Namespace, checkpoint: dict) -> tuple[str | None
 def load_split(subject: Subject, flags: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
     """A split of the checkpoint's data set unless flags say otherwise; classes must be equal."""
     known, (name, root) = subject.checkpoint["classes"], data_source(flags, subject.checkpoint)
-    dataset = data.load_dataset(name, root, split, subject.model.img_size, limit=flags.limit_test,
-                                crop=flags.crop, augment=False)
+    options = {"species": subject.checkpoint["config"].get("species", 9)}
+    if name != "synthetic":  # classes that the checkpoint names need no train/ folder
+        options = {"classes": known if subject.checkpoint["phase"] == "main" else None}
+    taken = inspect.signature(data.load_dataset).parameters
+    dataset = data.load_dataset(
+        name, root, split, subject.model.img_size, limit=flags.limit_test, crop=flags.crop,
+        augment=False, **{key: value for key, value in options.items() if key in taken})
     found = dataset.classes
     if subject.checkpoint["phase"] in ("external", "foreign") and len(known) == len(found):
         known = found  # the file has no names to compare
@@ -677,6 +682,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
         print(f"evaluate.py: error: {message}", file=sys.stderr)
         return 2 if message.startswith("--") else 1
+    except BrokenPipeError:  # such as by | head: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except OSError as error:
         file = Path(os.fspath(error.filename or flags.out))
         if file.name.endswith(".partial"):  # write_atomic's temporary file

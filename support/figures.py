@@ -408,38 +408,52 @@ def draw_loss(rows: Sequence[dict]) -> Image.Image:
     """The training loss over steps. rows: {"step", "loss"}, and "epoch" for each epoch's mean.
 
     Rows without an epoch get a running mean over a tenth of them. Where the step falls, another
-    phase begins: its steps are counted on.
+    phase begins: its steps are counted on from a dashed line, which "phase" names.
     """
-    points, offset, last = [], 0, 0
+    phases, offset, last = [[]], 0, 0
+    starts = {}
     for row in rows:
         if row["step"] < last:
             offset += last
+            phases.append([])
+        starts.setdefault(offset, row.get("phase", ""))
         last = row["step"]
         if math.isfinite(row["loss"]):
-            points.append((offset + last, float(row["loss"]), (offset, row.get("epoch"))))
+            phases[-1].append((offset + last, float(row["loss"]), row.get("epoch")))
+    points = [point for phase in phases for point in phase]
     steps, losses = [p[0] for p in points] or [0], [p[1] for p in points] or [0.0]
     low, high = min(0.0, min(losses)), max(losses)
     plot = Plot((0, max(max(steps), 1)), (low, high * 1.05 if high > low else low + 1))
-    by_epoch = bool(points) and all(epoch is not None for _, _, (_, epoch) in points)
-    if by_epoch:
-        groups = {}
-        for step, loss, epoch in points:
-            groups.setdefault(epoch, []).append((step, loss))
-        mean = [tuple(np.mean(group, 0)) for group in groups.values()]
-    else:
-        n = max(1, len(points) // 10)
-        mean = [(steps[i], np.mean(losses[max(0, i - n + 1):i + 1])) for i in range(len(points))]
+    by_epoch = all(epoch is not None for *_, epoch in points)
     note = f"{len(points)} logged steps" if points else "no step has been logged"
     plot.axes(ticks(*plot.x_range), ticks(*plot.y_range), "step", "Training loss", note)
-    name = "mean of each epoch" if by_epoch else "running mean"
-    if points:
-        plot.line(list(zip(steps, losses)), LINES["none"], 1)
+    for start, name in starts.items() if len(starts) > 1 else ():
+        for i in range(0, 100, 2):
+            y0, y1 = (low + part / 100 * (plot.y_range[1] - low) for part in (i, i + 1))
+            plot.line([(start, y0), (start, y1)], GREY, 1)
+        plot.text(plot.at(start, low), str(name), "lb", 13, GREY, shift=(5, -4))
+    for phase in filter(None, phases):
+        plot.line([point[:2] for point in phase], LINES["none"], 1)
+        mean = mean_loss(phase, by_epoch)
         plot.line(mean, LINES["relation"], 3)
-        if len(mean) < 30:
-            for x, y in mean:
-                plot.dot(x, y, LINES["relation"], 5)
-        plot.key([("a step's loss", LINES["none"], 1), (name, LINES["relation"], 3)])
+        for x, y in mean if len(mean) < 30 else ():
+            plot.dot(x, y, LINES["relation"], 5)
+    if points:
+        plot.key([("a step's loss", LINES["none"], 1), (
+            "mean of each epoch" if by_epoch else "running mean", LINES["relation"], 3)])
     return plot.finish()
+
+
+def mean_loss(points: Sequence[tuple], by_epoch: bool) -> list[tuple[float, float]]:
+    """(step, mean loss) of each epoch, or of a running tenth of the (step, loss, epoch)."""
+    if not by_epoch:
+        n = max(1, len(points) // 10)
+        return [(step, float(np.mean([loss for _, loss, _ in points[max(0, i - n + 1):i + 1]])))
+                for i, (step, _, _) in enumerate(points)]
+    groups = {}
+    for step, loss, epoch in points:
+        groups.setdefault(epoch, []).append((step, loss))
+    return [tuple(np.mean(group, 0)) for group in groups.values()]
 
 
 # ---------------------------------------------------------------- a user's own photographs

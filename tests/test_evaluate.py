@@ -819,6 +819,12 @@ def test_torchrun_is_refused_in_one_line(checkpoint, capsys, monkeypatch, rank, 
     assert (status, out, err.count("\n")) == (2, "", lines)
 
 
+def test_a_reader_that_leaves_early_is_no_error(checkpoint, tmp_path):
+    run = script("--checkpoint", checkpoint, "--out", tmp_path / "out", "--limit-test", "3")
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait(120)) == ("", 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_in_one_line(checkpoint, tmp_path, number):
     run = script("--checkpoint", checkpoint, "--out", tmp_path / "out")
