@@ -1,0 +1,67 @@
+"""docs/kernels.md's tables are docs/results/traffic.json and compile.json, and name all kernels."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs/kernels.md").read_text()
+TRAFFIC, COMPILED = (
+    json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]
+    for name in ("traffic", "compile")
+)
+KERNELS = {
+    name
+    for file in ("rpam.py", "cdm.py")
+    for name in re.findall(r"^def (\w+_kernel)\(", (ROOT / "kernels" / file).read_text(), re.M)
+}
+
+
+def table(*header: str) -> list[list[str]]:
+    lines = PAGE.split(f"| {' | '.join(header)} |\n")[1].split("\n\n")[0].splitlines()[1:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_traffic_table():
+    shown = table("kernel", "tensor", "least", "unique", "issued", "ratio")
+    large = [row for row in TRAFFIC if row["unique"] >= 20_000]
+    assert shown == [
+        [row["kernel"], row["tensor"], *(str(row[k]) for k in ("least", "unique", "issued")),
+         f"{row['issued'] / row['least']:.3g}"] for row in large
+    ]
+    for row in TRAFFIC:
+        partial = row["tensor"] in ("partial", "grad_scores") and "row_back" not in row["kernel"]
+        assert row["unique"] == row["least"] or partial, row
+
+
+def test_compile_table():
+    shown = table("kernel", "config", "sm_80", "sm_90", "gfx942")
+    assert {kernel for kernel, *_ in shown} == KERNELS
+    for kernel, config, *cells in shown:
+        for target, cell in zip(("sm_80", "sm_90", "gfx942"), cells, strict=True):
+            (row,) = [
+                row for row in COMPILED if set(config.split()) <= set(row["config"].split())
+                and (row["kernel"], row["target"], row["dtype"]) == (kernel, target, "bfloat16")
+            ]
+            found = [row[key] for key in ("registers", "tensor_core", "load_bytes")]
+            assert cell == " / ".join(map(str, found)), (kernel, target)
+
+
+def test_compiled_counts_and_limits():
+    assert f"({len(COMPILED)} in all" in PAGE and not any(row["spills"] for row in COMPILED)
+    most = [max(row["shared"] for row in COMPILED if row["target"] == target) // 1024
+            for target in ("sm_80", "sm_90", "gfx942")]
+    assert "at most {}, {} and {} KiB".format(*most) in PAGE
+
+
+def test_the_compiled_kernels_are_the_shipped_ones():
+    pytest.importorskip("triton")
+    from kernels import cdm, rpam
+
+    for name, blocks in (rpam.BLOCKS | cdm.BLOCKS).items():
+        configs = [set(row["config"].split()) for row in COMPILED if row["kernel"] == name]
+        for shipped in [blocks] if "num_warps" in blocks else blocks.values():
+            words = {f"{key}={value}" for key, value in shipped.items()}
+            assert any(words <= config for config in configs), name
