@@ -369,6 +369,8 @@ class Birds(Dataset):
         self.pads = [round(side * 3 / 32) for side in img_size]                 # rows, columns
         self.reflected = [np.pad(np.arange(side), pad, mode="reflect") for side, pad in zip(img_size, self.pads)]
 
+    annotated = property(lambda self: len(self))                # all birds have a box
+
     def __len__(self):
         return len(self.indices)
 
@@ -672,6 +674,7 @@ class Pictures(Dataset):
         self.labels = np.array(labels, np.int32)
         self.first = np.cumsum([0, *map(len, boxes)])           # image i's boxes are rows first[i] to first[i + 1]
         self.boxes = torch.tensor([box for rows in boxes for box in rows], dtype=torch.float32).view(-1, 4)
+        self.annotated = int((np.diff(self.first) > 0).sum())   # images that have a box
         if split != "train":
             self._check()
 
@@ -685,7 +688,8 @@ class Pictures(Dataset):
             self.notes.append(f"{clipped} boxes reach beyond their images and are clipped")
         if outside := int((~left).sum()):
             self.notes.append(f"{outside} boxes lie outside their images and are left out")
-        if unscored := len(self) - len(owner[left].unique()):
+        self.annotated = len(owner[left].unique())
+        if unscored := len(self) - self.annotated:
             self.notes.append(f"{unscored} of {len(self)} {self.split} images have no box and are not scored")
 
     def __len__(self):

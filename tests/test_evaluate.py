@@ -945,6 +945,22 @@ def test_without_boxes_one_threshold_is_scored_and_no_curve_drawn(tmp_path, caps
     assert "top-5 localisation" not in text and "gt-known" not in text
 
 
+def test_a_folder_without_boxes_from_the_command_line(tmp_path, capsys):
+    """Its table says how to add boxes; the same folder with boxes.csv gets all of it."""
+    for name in ("train/a/1.png", "train/b/1.png", "test/a/2.png", "test/b/2.png"):
+        picture(tmp_path / "set" / name)
+    path = save_checkpoint(tmp_path / "run" / "best.pt", classes=("a", "b"), data="folder",
+                           root=str(tmp_path / "set"))
+    out = tmp_path / "run" / "evaluate"
+    status, text, err = call(capsys, evaluate, "--checkpoint", path, "--profile")
+    assert status == 0 and "boxes.csv" in text and "1 thresholds" in text, err
+    assert "gt-known" not in text and not (out / "curve.png").exists()
+    (tmp_path / "set" / "boxes.csv").write_text("test/a/2.png,1,2,20,20\n")
+    status, text, err = call(capsys, evaluate, "--checkpoint", path, "--profile")
+    assert status == 0 and "gt-known" in text and "100 thresholds" in text, err
+    assert (out / "curve.png").exists()
+
+
 def test_a_users_curve_is_left_where_no_image_has_a_box(tmp_path):
     model, dataset = toy_model(), Toy(3, boxes=0)
     picture(tmp_path / "curve.png")
