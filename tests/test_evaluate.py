@@ -961,6 +961,22 @@ def test_a_folder_without_boxes_from_the_command_line(tmp_path, capsys):
     assert (out / "curve.png").exists()
 
 
+@pytest.mark.parametrize("classes, message", [(("a", "b"), None), (("a", "b", "c"), None),
+                                              (("a",), "b"), (("b",), "a")])
+def test_a_folder_without_train_has_the_checkpoints_classes(tmp_path, capsys, classes, message):
+    for name in ("test/a/2.png", "test/b/2.png"):
+        picture(tmp_path / "set" / name)
+    path = save_checkpoint(tmp_path / "run" / "best.pt", classes=classes, data="folder",
+                           root=str(tmp_path / "set"))
+    result = call(capsys, evaluate, "--checkpoint", path)
+    if message:
+        assert message in script_error(result, evaluate)
+        return
+    assert result[0] == 0, result[2]
+    lines = (tmp_path / "run" / "evaluate" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == [0, 1]
+
+
 def test_a_users_curve_is_left_where_no_image_has_a_box(tmp_path):
     model, dataset = toy_model(), Toy(3, boxes=0)
     picture(tmp_path / "curve.png")
