@@ -30,7 +30,6 @@ import argparse
 import math
 import os
 import sys
-
 from typing import NamedTuple
 
 import torch
@@ -39,8 +38,7 @@ from torch import Tensor, nn
 
 import kernels
 from support import weights
-from support.common import last_line, pair, write_atomic
-from support.weights import read_weights  # noqa: F401
+from support.common import last_line, minmax, pair, write_atomic
 
 ARCHITECTURES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}  # D, L, S
 COUPLINGS = ("none", "cls", "relation", "cls-only", "relation-only")
@@ -74,7 +72,9 @@ class AttentionMaps(NamedTuple):
 
 
 def rpam(attn: Tensor) -> tuple[Tensor, Tensor]:
-    """The relational patch-attention module (Fig. 3), naively: A_l (B, S, N+1, N+1) -> M_l^c, M_l^r."""
+    """The relational patch-attention module (Fig. 3), naively: A_l (B, S, N+1, N+1) -> M_l^c,
+    M_l^r.
+    """
     mean = attn.mean(1)  # A'_l (B, N+1, N+1): over the heads
     cls_attn = mean[:, 0]  # M_l^c (B, N+1): how much the class token attends to each token
     patch_attn = mean[:, :, 1:]  # M_l^p (B, N+1, N): how much each token attends to each patch
@@ -155,14 +155,8 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
+        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 384,
+        depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, drop_path: float = 0.0,
     ):
         super().__init__()
         self.img_size = pair(img_size)
@@ -190,13 +184,14 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls_token, patches], 1) + self.pos_embed
 
     def stochastic_depth(self, batch: int, noise: Tensor | None) -> Tensor | None:
-        """What multiplies each image's two residual branches in each block (B, L, 2); None: nothing.
+        """What multiplies each image's two residual branches in each block (B, L, 2); None:
+        nothing.
 
         In training a branch of block l is left out (times 0) with probability p_l, which grows
-        linearly from 0 in the first block to drop_path in the last. Where it stays it counts
-        1 / (1 - p_l), so that its mean is what it is at inference, where every branch stays.
-        noise: uniform numbers in [0, 1) (B, L, 2); a branch stays where its number is at least
-        p_l. Drawn here where None.
+        linearly from 0 in the first block to drop_path in the last. Where it stays it counts 1 / (1
+        - p_l), so that its mean is what it is at inference, where every branch stays. noise:
+        uniform numbers in [0, 1) (B, L, 2); a branch stays where its number is at least p_l. Drawn
+        here where None.
         """
         if not self.training or self.drop_rates[-1] == 0:
             return None
@@ -209,11 +204,12 @@ class VisionTransformer(nn.Module):
     def forward_features(
         self, images: Tensor, attention: str = "cls", depth_noise: Tensor | None = None
     ) -> tuple[Tensor, list[AttentionMaps]]:
-        """Images (B, 3, H, W), ImageNet-normalised -> tokens after the final norm, maps of L blocks.
+        """Images (B, 3, H, W), ImageNet-normalised -> tokens after the final norm, maps of L
+        blocks.
 
         attention: "cls" gives M_l^c alone; "relation" M_l^c and M_l^r, at inference, A_l never
-        held; "full" all three. depth_noise: see stochastic_depth. The tokens are X_L with the
-        class token (B, N+1, D). Raises ValueError for images of another size, another attention.
+        held; "full" all three. depth_noise: see stochastic_depth. The tokens are X_L with the class
+        token (B, N+1, D). Raises ValueError for images of another size, another attention.
         """
         if images.shape[1:] != (3, *self.img_size):
             need = f"(B, 3, {self.img_size[0]}, {self.img_size[1]})"
@@ -282,10 +278,7 @@ class CDM(nn.Module):
 
     def reverse(self, cls_map: Tensor) -> Tensor:
         """M~_*^c (B, h, w) -> 1 - M~_*^c (B, h, w), which erases what is attended to."""
-        if self.erase == "minmax":
-            low, high = cls_map.amin((1, 2), True), cls_map.amax((1, 2), True)  # (B, 1, 1)
-            cls_map = (cls_map - low) / (high - low).clamp_min(torch.finfo(cls_map.dtype).tiny)
-        return 1 - cls_map
+        return 1 - (minmax(cls_map) if self.erase == "minmax" else cls_map)
 
     def cues(self, features: Tensor, cls_map: Tensor) -> Tensor:
         """X_L (B, D, h, w), M~_*^c (B, h, w) -> X~_L (B, D, h, w)."""
@@ -310,13 +303,16 @@ class CDM(nn.Module):
         return scores
 
     def logits(self, features: Tensor, scores: Tensor) -> Tensor:
-        """(B, C): the average of X_CDM over its positions, computed without X_CDM (both are linear)."""
+        """(B, C): the average of X_CDM over its positions, computed without X_CDM (both are
+        linear).
+        """
         return kernels.dynamic_conv_logits(features, scores, self.weight, self.bias, self.pool)
 
     def class_maps(
         self, features: Tensor, scores: Tensor, classes: Tensor | None = None
     ) -> Tensor:
-        """Eq. 6: X_CDM (B, C, h, w), or at the requested classes (B, K) alone M_CDM (B, K, h, w)."""
+        """Eq. 6: X_CDM (B, C, h, w), or at the requested classes (B, K) alone M_CDM (B, K, h, w).
+        """
         if classes is None:  # dynamic_conv2d, fused
             return kernels.dynamic_conv2d(features, scores, self.weight, self.bias)
         return kernels.class_maps(features, scores, self.weight, self.bias, classes)
@@ -366,7 +362,9 @@ def fuse(localization: Localization, coupling: str = "relation", relu: bool = Tr
 
 
 def pooled_conv(conv: nn.Conv2d, features: Tensor, pool: str) -> Tensor:
-    """The average of conv(features) over its positions (B, C), computed as CDM.logits: G = 1, S_g = 1."""
+    """The average of conv(features) over its positions (B, C), computed as CDM.logits: G = 1, S_g =
+    1.
+    """
     score = features.new_ones(features.shape[0], 1)
     return kernels.dynamic_conv_logits(features, score, conv.weight[None], conv.bias, pool)
 
@@ -393,21 +391,10 @@ class LCTR(VisionTransformer):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        img_size: int | tuple[int, int] = 224,
-        patch_size: int = 16,
-        embed_dim: int = 384,
-        depth: int = 12,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        head: str = "cdm",
-        num_kernels: int = 4,
-        kernel_size: int = 3,
-        scorer: str = "separate",
-        erase: str = "raw",
-        pool: str = "gap",
+        self, num_classes: int, img_size: int | tuple[int, int] = 224, patch_size: int = 16,
+        embed_dim: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0,
+        drop_path: float = 0.0, head: str = "cdm", num_kernels: int = 4, kernel_size: int = 3,
+        scorer: str = "separate", erase: str = "raw", pool: str = "gap",
     ):
         for name, value, allowed in (
             ("head", head, ("cdm", "conv", "token")),
@@ -436,7 +423,8 @@ class LCTR(VisionTransformer):
         return (patches if patches.ndim == 2 else patches.mT).unflatten(-1, self.grid)
 
     def classify(self, tokens: Tensor, cls_map: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N+1, D), M~_*^c (B, h, w) -> logits (B, C) and, of a "cdm" head, S_g (B, G)."""
+        """Tokens (B, N+1, D), M~_*^c (B, h, w) -> logits (B, C) and, of a "cdm" head, S_g (B, G).
+        """
         if self.head_type == "token":
             return self.classifier(tokens[:, 0]), None  # (B, D) -> (B, C)
         features = self.on_grid(tokens[:, 1:])  # X_L (B, D, h, w)
@@ -513,7 +501,7 @@ def trace(model: LCTR, images: Tensor) -> list[tuple[str, str, str, Tensor]]:
     ]
     features = model.on_grid(tokens[:, 1:])  # X_L (B, D, h, w)
     if model.head_type == "cdm":
-        scores, weight, bias = model.classify(tokens, found.cls_map)[1], model.cdm.weight, model.cdm.bias
+        scores, weight = model.classify(tokens, found.cls_map)[1], model.cdm.weight
         mixed = torch.einsum("bg,gcduv->bcduv", scores, weight)
         steps += [
             ("CDM", "1 - M~_*^c: reversed", "(B, h, w)", model.cdm.reverse(found.cls_map)),
@@ -521,7 +509,8 @@ def trace(model: LCTR, images: Tensor) -> list[tuple[str, str, str, Tensor]]:
             ("CDM", "S_g: scores", "(B, G)", scores),
             ("Eq. 6", "W_g^e: kernels", "(G, C, D, k, k)", weight),
             ("Eq. 6", "sum_g S_g W_g^e: the image's kernel", "(B, C, D, k, k)", mixed),
-            ("Eq. 6", "X_CDM: class maps", "(B, C, h, w)", dynamic_conv2d(features, scores, weight, bias)),
+            ("Eq. 6", "X_CDM: class maps", "(B, C, h, w)",
+             dynamic_conv2d(features, scores, weight, model.cdm.bias)),
         ]
     elif model.head_type == "conv":
         steps += [
@@ -540,7 +529,7 @@ def trace(model: LCTR, images: Tensor) -> list[tuple[str, str, str, Tensor]]:
     return steps
 
 
-# ---------------------------------------------------------------- files of weights: support/weights.py
+# ---------------------------------------------------------------- weights: support/weights.py
 
 
 def load_pretrained(model: VisionTransformer, path: str) -> weights.LoadReport:
@@ -567,7 +556,8 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
         model = LCTR(len(checkpoint["classes"]), **config)
         model.load_state_dict(checkpoint["model"])
     except weights.LOAD_ERRORS as error:
-        raise ValueError(f"{path}: its weights do not fit its own config: {last_line(error)}") from None
+        reason = f"its weights do not fit its own config: {last_line(error)}"
+        raise ValueError(f"{path}: {reason}") from None
     return model.eval(), checkpoint
 
 

@@ -355,7 +355,7 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
                 entry["val_top1_cls"] = top1
             log(out, entry)
             text = f"{phase} epoch {epoch + 1}: step {step}, mean loss {entry['mean_loss']:.3f}, "
-            text += (f"val top-1 accuracy {metrics['top1_cls']:.1f} %" if metrics
+            text += (f"val top-1 accuracy {metrics['top1_cls']:.1f} %" if "top1_cls" in metrics
                      else f"training accuracy {entry['train_top1']:.1f} %")
             say(text)
             if best:
@@ -417,7 +417,8 @@ def train(flags: Namespace, stop: Stop) -> None:
     config = {name: value for name, value in vars(flags).items() if name != "resume"}
     has_val, out = data.has_split(flags.data, flags.root, "val"), Path(flags.out)
     if flags.threshold == "auto" and not has_val:
-        raise FlagError(f"--threshold: auto needs a val split, {flags.data} has none: give a number")
+        raise FlagError(
+            f"--threshold: auto needs a val split, {flags.data} has none: give a number")
     if flags.threshold is None:
         config["threshold"] = "auto" if has_val else evaluate.DEFAULT_THRESHOLD
     with contextlib.ExitStack() as held:
@@ -454,7 +455,8 @@ def train(flags: Namespace, stop: Stop) -> None:
             if backbone:
                 model.load_state_dict(backbone, strict=False)
             elif flags.pretrained and not saved:
-                say(f"backbone from {flags.pretrained}:\n{load_pretrained(model, flags.pretrained)}")
+                report = load_pretrained(model, flags.pretrained)
+                say(f"backbone from {flags.pretrained}:\n{report}")
             return model.to(device)
 
         if flags.pretrain_epochs and not (saved and saved["phase"] == "main"):

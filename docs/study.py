@@ -1,17 +1,20 @@
-"""The ablation study: the paper's Tables 5 to 8, and what the paper leaves open, on the birds or any other data set.
+"""The ablation study: the paper's Tables 5 to 8, and what the paper leaves open, on the birds or
+any other data set.
 
-    python docs/study.py all --jobs 2                                  # synthetic birds
+    python docs/study.py all --jobs 2  # synthetic birds
     python docs/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
 
-Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two regimes, which
-differ in the image labels of the pretraining alone: species and palette (the class token covers the bird), or species
-alone (it looks at the head, the partial activation that the paper is about). Each seed has its own pretraining, shared
-by all of its variants. A run is a folder below --out: what is in it is not trained or measured again.
+Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two
+regimes, which differ in the image labels of the pretraining alone: species and palette (the class
+token covers the bird), or species alone (it looks at the head, the partial activation that the
+paper is about). Each seed has its own pretraining, shared by all of its variants. A run is a folder
+below --out: what is in it is not trained or measured again.
 
-How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to .90 (0.2 where there
-is no val split); test boxes choose nothing. A difference is paired: over the same test images and the same seeds; its
-interval is the bootstrap's over test images, with the seeds' hits averaged first, and so does not hold the spread over
-seeds, which stands beside it as a standard deviation.
+How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to
+.90 (0.2 where there is no val split); test boxes choose nothing. A difference is paired: over the
+same test images and the same seeds; its interval is the bootstrap's over test images, with the
+seeds' hits averaged first, and so does not hold the spread over seeds, which stands beside it as a
+standard deviation.
 """
 
 import argparse
@@ -35,7 +38,8 @@ import kernels
 from support.common import machine
 from lctr import LCTR, load_checkpoint, mean_over_blocks
 
-TABLES = {  # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
+# table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
+TABLES = {
     "8": {"static head": ("--head", "conv"), "CDM": ()},
     "5": {"GAP": ("--scorer", "gap"), "GMP": ("--scorer", "gmp"), "GAP + GMP, shared": ("--scorer", "shared"),
           "GAP, GMP, separate": ()},
@@ -45,7 +49,8 @@ TABLES = {  # table: {row: flags of train.py}; the row without flags is LCTR wit
     "erase": {"raw": (), "minmax": ("--erase", "minmax")},
     "pool": {"gap": (), "padded": ("--pool", "padded")},
 }
-REGIMES = {"species + palette": (), "species": ("--no-palette-label",)}  # of the birds; other data have one, "as given"
+# of the birds; other data have one, "as given"
+REGIMES = {"species + palette": (), "species": ("--no-palette-label",)}
 THRESHOLDS = evaluate.THRESHOLDS[1:91]
 DRAWS = 10_000  # of the bootstrap
 
@@ -57,21 +62,33 @@ def train(folder: Path, flags: list[str], threads: int) -> None:
     """A finished run in `folder`: started, continued, or left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     # train.py's own scoring is not used: measure() does all of it
-    command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), "--resume", "--limit-test", "10",
-               "--eval-every", "1000000", *flags]
+    command = [sys.executable,
+    str(ROOT / "train.py"),
+    "--out",
+    str(folder),
+    "--resume",
+    "--limit-test",
+    "10",
+    "--eval-every",
+    "1000000",
+     *flags]
     with open(folder / "output.txt", "a") as output:
         ended = subprocess.run(command, stdout=output, stderr=output,
                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     if ended.returncode:
         last = (folder / "output.txt").read_text().strip().splitlines()[-1:]
-        raise RuntimeError(f"{folder}: train.py ended with status {ended.returncode}: {' '.join(last)}")
+        raise RuntimeError(
+            f"{folder}: train.py ended with status {ended.returncode}: {' '.join(last)}")
 
 
 def measure(folder: Path, source: tuple, limit: int | None) -> None:
-    """Scores the run on the whole test split: writes measured.json, and measured.npz with each test image's hits."""
+    """Scores the run on the whole test split: writes measured.json, and measured.npz with each test
+    image's hits.
+    """
     model, checkpoint = load_checkpoint(folder / "last.pt")
     name, root = source
-    load = lambda split: data.load_dataset(name, root, split, checkpoint["config"]["img_size"], limit=limit)
+    load = lambda split: data.load_dataset(
+    name, root, split, checkpoint["config"]["img_size"], limit=limit)
     test, val_scores = load("test"), None
     if data.has_split(name, root, "val"):
         val_scores = evaluate.score(model, load("val"))
@@ -97,11 +114,12 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
 def causes(model: LCTR, dataset) -> dict[str, float]:
     """Why the maps are as they are.
 
-    accuracy_all, _object, _background: top-1 in % from the mean class map over all patches, those whose centre lies in
-      the box, and those whose k x k window holds none of these; over images that have all three.
-    inside_*: the map's mean inside the box over its mean outside, median over images.
-    score_variance_between: share of the variance of the CDM's scores S_g that lies between classes, in %.
-    accuracy_mean_scores: top-1 in % with every image's S_g replaced by their mean over images.
+    accuracy_all, _object, _background: top-1 in % from the mean class map over all patches, those
+    whose centre lies in the box, and those whose k x k window holds none of these; over images that
+    have all three. inside_*: the map's mean inside the box over its mean outside, median over
+    images. score_variance_between: share of the variance of the CDM's scores S_g that lies between
+    classes, in %. accuracy_mean_scores: top-1 in % with every image's S_g replaced by their mean
+    over images.
     """
     (h, w), (H, W) = model.grid, model.img_size
     rows, columns = (torch.arange(h) + 0.5) * H / h, (torch.arange(w) + 0.5) * W / w
@@ -118,38 +136,59 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
         k = weight.shape[-1]
         background = F.max_pool2d(inside[:, None].float(), k, 1, k // 2)[:, 0] == 0  # (B, h, w)
         whole = inside.flatten(1).any(1) & background.flatten(1).any(1)  # (B,)
-        regions = torch.stack([torch.ones_like(inside), inside, background], 1)[whole].float()  # (B', 3, h, w)
-        logits = torch.einsum("bchw,brhw->brc", found.class_maps[whole], regions) / regions.sum((2, 3))[..., None]
+        regions = torch.stack([torch.ones_like(inside), inside, background], 1)[
+                              whole].float()  # (B', 3, h, w)
+        logits = torch.einsum(
+            "bchw,brhw->brc", found.class_maps[whole], regions) / regions.sum((2, 3))[..., None]
         right.append(logits.argmax(-1) == batch["label"][whole, None])  # (B', 3)
-        predicted = found.class_maps.take_along_dim(found.logits.argmax(1)[:, None, None, None], 1)[:, 0].relu()
-        maps = torch.stack([predicted, found.cls_map, found.relation_map], 1)[whole]  # (B', 3, h, w)
+        predicted = found.class_maps.take_along_dim(
+    found.logits.argmax(1)[
+        :, None, None, None], 1)[
+            :, 0].relu()
+        maps = torch.stack([predicted, found.cls_map, found.relation_map], 1)[
+                           whole]  # (B', 3, h, w)
         inner = regions[:, 1:2]
         ratios.append((maps * inner).sum((2, 3)) / inner.sum((2, 3))
                       / ((maps * (1 - inner)).sum((2, 3)) / (1 - inner).sum((2, 3))))  # (B', 3)
         if model.head_type == "cdm":
             tokens, attention = model.forward_features(batch["image"])
-            features, score, _, bias = model.classify(
-                tokens, model.on_grid(mean_over_blocks(attention, "cls")[:, 1:]))[1]
-            alone = [torch.zeros_like(score).index_fill_(1, torch.tensor(g), 1.0) for g in range(score.shape[1])]
-            parts.append(torch.stack([kernels.dynamic_conv_logits(features, one, weight, None, model.pool)
-                                      for one in alone], 1))  # (B, G, C): what each kernel adds at score 1
+            cls_map = model.on_grid(mean_over_blocks(attention, "cls")[:, 1:])
+            score, bias = model.classify(tokens, cls_map)[1], model.cdm.bias
+            features = model.on_grid(tokens[:, 1:])
+            alone = [
+    torch.zeros_like(score).index_fill_(
+        1,
+        torch.tensor(g),
+        1.0) for g in range(
+            score.shape[1])]
+            parts.append(torch.stack([kernels.dynamic_conv_logits(features,
+    one,
+    weight,
+    None,
+    model.pool) for one in alone],
+     1)) # (B, G, C): what each kernel adds at score 1
             scores.append(score)
             labels.append(batch["label"])
     accuracy = 100 * torch.cat(right).float().mean(0)
     ratio = torch.cat(ratios).nanmedian(0).values
-    result = {f"accuracy_{name}": accuracy[i].item() for i, name in enumerate(("all", "object", "background"))}
-    result |= {f"inside_{name}": ratio[i].item() for i, name in enumerate(("class_map", "cls_map", "relation_map"))}
+    result = {f"accuracy_{name}": accuracy[i].item()
+                                                   for i, name in enumerate(("all", "object", "background"))}
+    result |= {
+    f"inside_{name}": ratio[i].item() for i, name in enumerate(
+        ("class_map", "cls_map", "relation_map"))}
     if scores:
         scores, labels, parts = torch.cat(scores), torch.cat(labels), torch.cat(parts)
         mean = scores.mean(0)  # (G,)
-        centres = torch.stack([scores[labels == c].mean(0) for c in labels.unique()])  # (classes, G)
+        centres = torch.stack([scores[labels == c].mean(0)
+                              for c in labels.unique()])  # (classes, G)
         share = torch.stack([(labels == c).float().mean() for c in labels.unique()])[:, None]
         between = (share * (centres - mean) ** 2).sum() / scores.var(0, correction=0).sum()
         same = (torch.einsum("bgc,g->bc", parts, mean) + bias).argmax(1) == labels
-        result |= {"score_variance_between": 100 * between.item(), "score_std": scores.std(0).mean().item(),
-                   "accuracy_mean_scores": 100 * same.float().mean().item(),
-                   "accuracy_own_scores": 100 * (((parts * scores[..., None]).sum(1) + bias).argmax(1) == labels)
-                   .float().mean().item()}
+        result |= {"score_variance_between": 100 * between.item(),
+    "score_std": scores.std(0).mean().item(),
+    "accuracy_mean_scores": 100 * same.float().mean().item(),
+    "accuracy_own_scores": 100 * (((parts * scores[...,
+     None]).sum(1) + bias).argmax(1) == labels) .float().mean().item()}
     return result
 
 
@@ -157,7 +196,9 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
 
 
 def run_all(flags: argparse.Namespace, extra: list[str], regimes: dict, tables: list[str]) -> None:
-    """Trains and measures what is missing: first each seed's pretraining, then its variants; a line for each run."""
+    """Trains and measures what is missing: first each seed's pretraining, then its variants; a line
+    for each run.
+    """
     source = ["--data", flags.data, *(["--root", flags.root] if flags.root else []), *extra]
     threads = max(1, (os.cpu_count() or 1) // flags.jobs)
     variants = dict.fromkeys(row for table in tables for row in TABLES[table].values())
@@ -167,7 +208,8 @@ def run_all(flags: argparse.Namespace, extra: list[str], regimes: dict, tables: 
         seed, regime = place
         folder = run_folder(flags.out, regime, seed, ("pretraining",))
         if not (folder / "pretrained.pt").exists():  # the main phase is cut to one step
-            train(folder, [*source, "--seed", str(seed), *regimes[regime], "--max-steps", "1"], threads)
+            train(folder, [*source, "--seed", str(seed), * \
+                  regimes[regime], "--max-steps", "1"], threads)
         print(f"{regime}, seed {seed}: pretrained", flush=True)
 
     def variant(place: tuple[int, str], row: tuple[str, ...]) -> None:
@@ -181,7 +223,9 @@ def run_all(flags: argparse.Namespace, extra: list[str], regimes: dict, tables: 
             train(folder, [*start, *row], threads)
             measure(folder, (flags.data, flags.root), flags.limit_test)
         found = json.loads((folder / "measured.json").read_text())
-        known = ", ".join(f"{c} {values['gt_known']:.1f}" for c, values in found["couplings"].items())
+        known = ", ".join(
+    f"{c} {values['gt_known']:.1f}" for c,
+     values in found["couplings"].items())
         print(f"{regime}, seed {seed}, {' '.join(row) or 'default'}: "
               f"top-1 {found['top1_cls']:.1f}; GT-known: {known}", flush=True)
 
@@ -209,27 +253,40 @@ class Runs:
         self.seeds = range(seeds)
 
     def figures(self, row: tuple[str, ...]) -> list[dict]:
-        return [json.loads((self.folder(row, seed) / "measured.json").read_text()) for seed in self.seeds]
+        return [json.loads((self.folder(row, seed) / "measured.json").read_text())
+                           for seed in self.seeds]
 
     def hits(self, row: tuple[str, ...], key: str) -> np.ndarray:
         """(seeds, n test images) bool."""
-        return np.stack([np.load(self.folder(row, seed) / "measured.npz")[key] for seed in self.seeds])
+        return np.stack([np.load(self.folder(row, seed) / "measured.npz")[key]
+                        for seed in self.seeds])
 
 
 # ---------------------------------------------------------------- the report
 
 
 def spread(values: list[float]) -> dict:
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
+    return {
+    "mean": float(
+        np.mean(values)), "std": float(
+            np.std(
+                values, ddof=1)) if len(values) > 1 else None}
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict:
-    """a - b in points, from hits (seeds, n): their mean, its 95 % bootstrap interval over images, and each seed's."""
+    """a - b in points, from hits (seeds, n): their mean, its 95 % bootstrap interval over images,
+    and each seed's.
+    """
     by_image = 100 * (a.astype(float) - b).mean(0)  # (n,)
-    counts = np.random.default_rng(0).multinomial(len(by_image), np.full(len(by_image), 1 / len(by_image)), DRAWS)
+    counts = np.random.default_rng(0).multinomial(
+        len(by_image), np.full(len(by_image), 1 / len(by_image)), DRAWS)
     low, high = np.quantile(counts @ by_image / len(by_image), (0.025, 0.975))
     by_seed = 100 * (a.astype(float) - b).mean(1)
-    return spread(by_seed.tolist()) | {"low": float(low), "high": float(high), "by_seed": by_seed.round(2).tolist()}
+    return spread(
+    by_seed.tolist()) | {
+        "low": float(low),
+        "high": float(high),
+         "by_seed": by_seed.round(2).tolist()}
 
 
 def tabulate(table: str, runs: Runs) -> dict:
@@ -240,11 +297,13 @@ def tabulate(table: str, runs: Runs) -> dict:
         figures = runs.figures(row)
         for coupling in figures[0]["couplings"] if table == "8" else ("relation",):
             label = evaluate.coupling_label("conv" if "conv" in row else "cdm", coupling)
-            label = f"{name}, {label}" if coupling.endswith("-only") else label if table == "8" else name
+            label = f"{name}, {label}" if coupling.endswith(
+                "-only") else label if table == "8" else name
             result["rows"][label] = {"top1_cls": spread([f["top1_cls"] for f in figures])} | {
                 key: spread([f["couplings"][coupling][key] for f in figures])
                 for key in ("top1_loc", "gt_known", "threshold")}
-        result["causes"][name] = {key: spread([f["causes"][key] for f in figures]) for key in figures[0]["causes"]}
+        result["causes"][name] = {key: spread([f["causes"][key]
+                                              for f in figures]) for key in figures[0]["causes"]}
     if table == "8":
         static, cdm = rows["static head"], rows["CDM"]
         known = lambda coupling: f"{coupling} gt_known"
@@ -262,8 +321,16 @@ def tabulate(table: str, runs: Runs) -> dict:
         default = next(name for name, row in rows.items() if not row)
         for name, row in rows.items():
             if row:
-                pairs += [(f"GT-known: {name} - {default}", (row, "relation gt_known"), ((), "relation gt_known")),
-                          (f"Top-1 Cls: {name} - {default}", (row, "top1_cls"), ((), "top1_cls"))]
+                pairs += [(f"GT-known: {name} - {default}",
+    (row,
+    "relation gt_known"),
+    ((),
+    "relation gt_known")),
+    (f"Top-1 Cls: {name} - {default}",
+    (row,
+    "top1_cls"),
+    ((),
+     "top1_cls"))]
     for label, a, b in pairs:
         result["differences"][label] = difference(runs.hits(*a), runs.hits(*b))
     return result
@@ -272,14 +339,23 @@ def tabulate(table: str, runs: Runs) -> dict:
 def markdown(title: str, result: dict) -> str:
     """The three tables of a result, as README shows them."""
     def figure(value: dict) -> str:
-        return f"{value['mean']:.1f}" + (f" ± {value['std']:.1f}" if value["std"] is not None else "")
+        return f"{value['mean']:.1f}" + \
+            (f" ± {value['std']:.1f}" if value["std"] is not None else "")
 
-    lines = [f"#### {title}", "", "| row | Top-1 Cls | Top-1 Loc | GT-known |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {name} | " + " | ".join(figure(row[key]) for key in ("top1_cls", "top1_loc", "gt_known")) + " |"
-              for name, row in result["rows"].items()]
-    lines += ["", "| difference, points | mean ± std over seeds | 95 % over images |", "| --- | ---: | ---: |"]
-    lines += [f"| {name} | {value['mean']:+.1f}" + (f" ± {value['std']:.1f}" if value["std"] is not None else "")
-              + f" | {value['low']:+.1f} to {value['high']:+.1f} |" for name, value in result["differences"].items()]
+    lines = [
+    f"#### {title}",
+    "",
+    "| row | Top-1 Cls | Top-1 Loc | GT-known |",
+     "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | " +
+    " | ".join(figure(row[key]) for key in ("top1_cls", "top1_loc", "gt_known")) +
+     " |" for name, row in result["rows"].items()]
+    lines += ["",
+    "| difference, points | mean ± std over seeds | 95 % over images |",
+     "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {value['mean']:+.1f}" +
+    (f" ± {value['std']:.1f}" if value["std"] is not None else "") +
+     f" | {value['low']:+.1f} to {value['high']:+.1f} |" for name, value in result["differences"].items()]
     names = list(result["causes"])
     lines += ["", f"| cause | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     keys = dict.fromkeys(key for name in names for key in result["causes"][name])
@@ -295,15 +371,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.error = lambda message: parser.exit(2, f"study.py: error: {message}\n")
     count = lambda text: max(1, int(text))
     parser.add_argument("table", choices=[*TABLES, "all"])
-    parser.add_argument("--seeds", type=count, default=3, help="runs of each row, seeds 0, 1, ... (default 3)")
-    parser.add_argument("--jobs", type=count, default=1, help="runs at a time, which share the cores (default 1)")
+    parser.add_argument(
+    "--seeds",
+    type=count,
+    default=3,
+     help="runs of each row, seeds 0, 1, ... (default 3)")
+    parser.add_argument(
+    "--jobs",
+    type=count,
+    default=1,
+     help="runs at a time, which share the cores (default 1)")
     parser.add_argument("--regime", choices=REGIMES, help="only this pretraining of the birds")
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--root")
     parser.add_argument("--limit-test", type=count, help="score that many images of val and test")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
-    parser.add_argument("--results", type=Path,
-                        help="JSON to add the tables to; .md beside it (default: study.json in --out)")
+    parser.add_argument(
+    "--results",
+    type=Path,
+     help="JSON to add the tables to; .md beside it (default: study.json in --out)")
     argv = sys.argv[1:] if argv is None else argv
     flags, extra = parser.parse_known_args(argv)
     tables = list(TABLES) if flags.table == "all" else [flags.table]
@@ -323,7 +409,9 @@ def main(argv: list[str] | None = None) -> None:
                 known[title] = about | tabulate(table, Runs(flags.out, regime, flags.seeds))
                 print(f"\n{markdown(title, known[title])}")
         evaluate.write_text(results, json.dumps(known, indent=1))
-        page = [f"{markdown(title, result)}\n\n    {result['command']}\n" for title, result in known.items()]
+        page = [
+    f"{markdown(title, result)}\n\n    {result['command']}\n" for title,
+     result in known.items()]
         evaluate.write_text(results.with_suffix(".md"), "\n".join(page))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"study.py: error: {error}")
@@ -331,7 +419,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def commit() -> str:
     """Of the code; empty without git or a repository, of which the shell makes no exception."""
-    found = subprocess.run("git rev-parse --short HEAD", shell=True, cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+    "git rev-parse --short HEAD",
+    shell=True,
+    cwd=ROOT,
+    capture_output=True,
+     text=True)
     return found.stdout.strip()
 
 

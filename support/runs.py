@@ -154,8 +154,10 @@ def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | Non
         say(f"--resume: no run in {out} yet: this one starts afresh")
         return None
     saved = read_weights(path)
-    if saved.get("phase") not in PHASES or not isinstance(saved.get("config"), dict):
-        raise ValueError(f"{path}: no phase or config in it: need a last.pt that train.py wrote")
+    kinds = {"config": dict, "metrics": dict, "step": int, "classes": list}
+    if saved.get("phase") not in PHASES or not all(
+            isinstance(saved.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"{path}: no phase, config or step in it: need a last.pt of train.py")
     if "optimizer" not in saved:
         raise ValueError(f"{path}: holds no optimizer to resume with: need the run's last.pt")
     if config["epochs"] is None:  # chosen by the number of pictures, which must be the same
@@ -171,16 +173,17 @@ def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | Non
 
 def check_data(saved: dict, classes: list[str], images: int, digest: str) -> None:
     """Raises ValueError where the checkpoint was trained on other classes or pictures."""
-    path, known = saved["path"], list(saved.get("classes", ()))
+    path, known = saved["path"], saved["classes"]
     if known != list(classes):
         names = [(a, b) for a, b in zip(known, classes) if a != b]
         what = (f"class {names[0][0]!r} is now {names[0][1]!r}" if names
                 else f"{len(known)} classes then, {len(classes)} now")
         raise ValueError(f"--resume: {path} was trained on other data: {what}")
-    then = saved.get("data", {"images": images, "digest": digest})
-    if then != {"images": images, "digest": digest}:
-        what = f"{then['images']} training pictures then, {images} now"
-        if then["images"] == images:
+    now, then = {"images": images, "digest": digest}, saved.get("data")
+    if then is not None and then != now:
+        before = then.get("images") if isinstance(then, dict) else None
+        what = f"{before} training pictures then, {images} now"
+        if before == images:
             what = "other file names or labels among its training pictures"
         raise ValueError(f"--resume: {path} was trained on other data: {what}")
 

@@ -7,7 +7,7 @@ from support.common import AMP, Parser, img_size_flag, number, threshold_flag
 
 def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace, Parser]:
     """What the command line says, None where a recipe decides; recipes: each --data's defaults."""
-    parser = Parser(prog="train.py", description="Trains LCTR from image labels, then evaluates it.")
+    parser = Parser(prog="train.py", description="Trains LCTR from image labels, then scores it.")
     positive, size, fraction = number(int, 1, 10**9), number(int, 1, 10**6), number(float, 0, 1)
     above_zero, group = number(float, 0, above=True), parser.add_argument_group
 

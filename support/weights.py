@@ -370,7 +370,7 @@ def external(content: dict, path: str) -> dict:
 
 
 def export(state: dict[str, Tensor], num_heads: int, grid: tuple[int, int]) -> dict:
-    """A backbone, and a token head if there is one, in a form that timm's and DeiT's loaders take."""
+    """A backbone, and a token head if there is one, as timm's and DeiT's loaders take them."""
     model = {key.replace("classifier.", "head."): value for key, value in state.items()
              if not key.startswith(("cdm.", "head."))}
     return {"model": model, "num_heads": num_heads, "grid": list(grid)}

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+from support import birds, pictures
 
 SCRIPT = Path(data.__file__)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")          # pytest undoes data.py's own filter
@@ -116,8 +117,8 @@ def test_the_box_lies_in_the_picture(index, height, width):
 
 
 def test_the_box_is_tight_around_the_whole_bird(monkeypatch):
-    monkeypatch.setattr(data, "_background", lambda rng, u, h, w: np.full((h, w, 3), (255, 0, 255), np.uint8))
-    monkeypatch.setattr(data, "_draw_clutter", lambda *_: None)
+    monkeypatch.setattr(birds, "_background", lambda rng, u, h, w: np.full((h, w, 3), (255, 0, 255), np.uint8))
+    monkeypatch.setattr(birds, "_draw_clutter", lambda *_: None)
     for index in range(60):
         pixels, _, _, box = data.draw_bird(3, index, (192, 256))
         rows, columns = np.nonzero((np.abs(pixels - np.array([255.0, 0, 255])) > 60).any(2))
@@ -127,13 +128,13 @@ def test_the_box_is_tight_around_the_whole_bird(monkeypatch):
 
 def test_the_head_tells_the_species(monkeypatch):
     """The hue's share of strongly coloured pixels: only the label's hue is on a bird without clutter."""
-    monkeypatch.setattr(data, "_background", lambda rng, u, h, w: np.full((h, w, 3), 128, np.uint8))
-    monkeypatch.setattr(data, "_draw_clutter", lambda *_: None)
+    monkeypatch.setattr(birds, "_background", lambda rng, u, h, w: np.full((h, w, 3), 128, np.uint8))
+    monkeypatch.setattr(birds, "_draw_clutter", lambda *_: None)
     for index in range(60):
         pixels, label, _, _ = data.draw_bird(1, index, (128, 128))
         hsv = np.asarray(Image.fromarray(pixels).convert("HSV"), float) / 255
         vivid = hsv[(hsv[..., 1] > 0.68) & (hsv[..., 2] > 0.68)][:, 0]
-        distance = [np.abs((vivid - h + 0.5) % 1 - 0.5) for h, _, _ in data.HUES.values()]
+        distance = [np.abs((vivid - h + 0.5) % 1 - 0.5) for h, _, _ in birds.HUES.values()]
         assert np.bincount(np.argmin(distance, 0), minlength=3).argmax() == label % 3, index
 
 
@@ -142,7 +143,7 @@ def test_labels_are_even_and_palettes_follow_them_partly():
     counts = np.bincount(dataset.labels, minlength=9)
     assert len(dataset.classes) == len(set(dataset.classes)) == 9 and counts.min() > 70 and counts.max() < 160
     own = (dataset.palettes == dataset.labels % dataset.num_palettes).mean()
-    assert abs(own - (data.PALETTE_CUE + (1 - data.PALETTE_CUE) / 8)) < 0.05
+    assert abs(own - (birds.PALETTE_CUE + (1 - birds.PALETTE_CUE) / 8)) < 0.05
 
 
 def test_training_birds_are_reflected_shifted_and_mirrored():
@@ -294,13 +295,13 @@ def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
     assert size == (400, 240) and view == (0, 0, 400, 240)
     assert np.abs(where_white(image) - (4, 2.4, 16, 9.6)).max() < 1
     if suffix == "jpg":
-        assert data._decode(tmp_path / "a.jpg", (100, 30))[0].size == (100, 60)
+        assert pictures.decode(tmp_path / "a.jpg", (100, 30))[0].size == (100, 60)
 
 
 def test_jpegs_are_decoded_at_reduced_scale_but_not_below_the_target(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
     Image.fromarray(noise).resize((1000, 750), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
-    sizes = {n: data._decode(tmp_path / "a.jpg", (n, n))[0].size for n in (64, 93, 94, 224, 376, 800)}
+    sizes = {n: pictures.decode(tmp_path / "a.jpg", (n, n))[0].size for n in (64, 93, 94, 224, 376, 800)}
     assert sizes == {64: (125, 94), 93: (125, 94), 94: (250, 188), 224: (500, 375), 376: (1000, 750), 800: (1000, 750)}
     reduced = data.denormalise(data.load_image(tmp_path / "a.jpg", 96)[0]).astype(float)
     full = np.asarray(data.open_image(tmp_path / "a.jpg").resize((96, 96), Image.Resampling.BILINEAR), float)
@@ -635,9 +636,6 @@ def test_corrupt_xml_loads_or_says_so(ilsvrc, at, cut, put):
                      corrupted((ilsvrc / FIRST).read_bytes(), at, cut, put))
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))))
-def test_paths_keep_every_name(names):
-    assert list(data.Paths(names)) == names and len(data.Paths(names)) == len(names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ def assert_whole(out):
     readers = {".json": lambda path: json.loads(path.read_text()), ".png": lambda path: Image.open(path).load(),
                ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
                ".pt": lambda path: torch.load(path, weights_only=True)}
-    for path in out.rglob("*") if out.exists() else ():
+    for path in out.rglob("*.*[a-z]") if out.exists() else ():
+        if path.name == ".lock":  # of a run, without content
+            continue
         readers[path.suffix](path)
 
 
@@ -352,7 +354,7 @@ def test_damaged_images(capsys, whole, cub, tmp_path, seed, name):
     damage(cub / name, seed)
     works_or_says_so(call(capsys, *train_on(cub, tmp_path / "run")), train, str(cub / name))
     assert_whole(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
     shutil.copy(whole / name, cub / name)
 
 

@@ -148,10 +148,10 @@ def test_causes_of_the_scores():
     model.cdm.weight.zero_()
     model.cdm.weight[range(4), range(4), :, 1, 1] = 1.0
     model.cdm.bias[0] = 0.1
-    model.cdm.forward = lambda features, cls_map: torch.eye(4)[torch.tensor(labels[:len(features)])]
+    model.cdm.scores = lambda features, cls_map: torch.eye(4)[torch.tensor(labels[:len(features)])]
     found = study.causes(model, Boxed(labels))
     assert found["score_variance_between"] == pytest.approx(100)
     assert (found["accuracy_own_scores"], found["accuracy_mean_scores"]) == (100, 25)
     noise = torch.rand(64, 4)
-    model.cdm.forward = lambda features, cls_map: noise[:len(features)]
+    model.cdm.scores = lambda features, cls_map: noise[:len(features)]
     assert study.causes(model, Boxed(labels))["score_variance_between"] < 25

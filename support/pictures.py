@@ -1,0 +1,162 @@
+"""Pictures: any file to upright RGB, a view of it, the network's input. Anything wrong is
+DataError.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from support.common import pair
+
+MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, for pixels in 0..255
+STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+warnings.filterwarnings("ignore", module="PIL")  # what matters arrives as an exception
+
+
+class DataError(ValueError):
+    """A file of a data set is wrong. The message is one line; out of a DataLoader worker's
+    traceback, its last one.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: "))
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The picture upright (EXIF) and in RGB, whatever Pillow reads: its first frame, on white where
+    it is transparent, 16-bit and float pixels scaled to 8 bits. Raises DataError naming the
+    file.
+    """
+    return decode(path)[0]
+
+
+def decode(path, at_least=None, header_only=False) -> tuple[Image.Image | None, tuple[int, int]]:
+    """The upright RGB picture and the size (width, height) of its upright original.
+    at_least=(width, height) lets a JPEG come at 1/2, 1/4 or 1/8 of its size, which is cheap to
+    decode, but no smaller than that.
+    """
+    try:
+        with Image.open(path) as image:
+            # EXIF orientations that exchange rows and columns; of a TIFF, Pillow
+            # gives the upright size
+            sideways = image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"
+            size = image.size[::-1] if sideways else image.size
+            if header_only:
+                return None, size
+            if at_least:
+                image.draft(None, at_least[::-1] if sideways else at_least)
+            return _rgb(ImageOps.exif_transpose(image)), size
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    # Pillow's plugins raise nearly anything on a broken file
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read as an image ({reason[:200]})") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    # 16-bit, 32-bit and float grey: Pillow would clip at 255
+    if image.mode[0] in "IF":
+        pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+        ranges = (
+    65535,
+    ) if image.mode.startswith("I;16") else (
+        1,
+        255,
+        65535) if image.mode == "F" else (
+            255,
+             65535)
+        top = next((r for r in ranges if pixels.max() <= r), pixels.max())
+        image = Image.fromarray(np.clip(pixels * (255 / top), 0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def random_view(size, img_size, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """The paper's augmentation as a region of the original: both sides resized to 256/224 of
+    img_size (height, width), a random crop of img_size, mirrored half of the time (x0 > x1).
+    """
+    (width, height), (h, w) = size, img_size
+    H, W = round(h * 256 / 224), round(w * 256 / 224)
+    top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
+    x0, y0, x1, y1 = left * width / W, top * height / \
+        H, (left + w) * width / W, (top + h) * height / H
+    return (x1, y0, x0, y1) if rng.random() < 0.5 else (x0, y0, x1, y1)
+
+
+def fixed_view(size, img_size, crop: int | None = None) -> tuple[float, float, float, float]:
+    """The whole picture, or with crop=SIZE its centre: img_size (height, width), the shorter side
+    resized to SIZE.
+    """
+    (width, height), (h, w) = size, img_size
+    if crop is None:
+        return 0.0, 0.0, float(width), float(height)
+    W, H = crop * width // min(size), crop * height // min(size)
+    left, top = round((W - w) / 2), round((H - h) / 2)
+    return left * width / W, top * height / H, (left + w) * width / W, (top + h) * height / H
+
+
+def load_image(
+    path: str | Path,
+    img_size,
+    crop: int | None = None,
+     rng: np.random.Generator | None = None):
+    """One file as the network's input: (image (3, H, W), view, size), seen through fixed_view, with
+    an rng random_view. img_size is an int or (height, width).
+    """
+    h, w = img_size = pair(img_size)
+    least = (
+    round(
+        w *
+        256 /
+        224),
+        round(
+            h *
+            256 /
+            224)) if rng else (
+                crop,
+                crop) if crop else (
+                    w,
+                     h)
+    picture, size = decode(path, least)
+    view = random_view(size, img_size, rng) if rng else fixed_view(size, img_size, crop)
+    return normalise(resize_view(picture, size, view, img_size)), view, size
+
+
+def resize_view(picture: Image.Image, size, view, img_size) -> np.ndarray:
+    """(H, W, 3) uint8: the view of a picture, mirrored where x0 > x1. The view is in pixels of an
+    original of `size`, of which the picture may be a reduced copy.
+    """
+    sx, sy = picture.width / size[0], picture.height / size[1]
+    left, right = sorted((view[0], view[2]))
+    box = left * sx, view[1] * sy, min(right * sx, picture.width), min(view[3]
+                                       * sy, picture.height)  # min: rounding
+    pixels = np.asarray(picture.resize(img_size[::-1], Image.Resampling.BILINEAR, box))
+    return pixels[:, ::-1] if view[0] > view[2] else pixels
+
+
+def normalise(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32."""
+    return torch.from_numpy(
+    np.ascontiguousarray(
+        pixels.transpose(
+            2, 0, 1))).float().sub_(MEAN).div_(STD)
+
+
+def denormalise(image: torch.Tensor) -> np.ndarray:
+    """(3, H, W) or (B, 3, H, W), normalised -> (H, W, 3) or (B, H, W, 3) uint8, to look at."""
+    pixels = image.detach().float().cpu() * STD + MEAN
+    return pixels.round().clamp(0, 255).byte().movedim(-3, -1).numpy()
+
+
+def clip_boxes(boxes: torch.Tensor, view) -> torch.Tensor:
+    """(M, 4) xyxy cut to a view or to (0, 0, width, height). A box outside keeps its row, with no
+    area: a sure miss.
+    """
+    x0, y0, x1, y1 = view
+    return torch.stack((boxes[:, 0::2].clamp(x0, x1), boxes[:, 1::2].clamp(y0, y1)), 2).flatten(1)
