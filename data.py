@@ -68,7 +68,6 @@ class Birds(Dataset):
         self.classes, self.num_palettes, self.notes = SPECIES, len(PALETTES), []
         self.augment, self.seed, self.epoch = augment, seed, 0
         self.indices = _spread(BIRDS[split], limit)
-        self.annotated = len(self.indices)
         chunks = [self.indices[i:i + 250] for i in range(0, len(self.indices), 250)]
         draw = partial(draw_birds, BIRD_STREAMS[split], img_size)
         processes = min(_cores(), len(chunks))
@@ -319,12 +318,14 @@ def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
     return Samples(classes, folder, [paths[i] for i in kept], kept_labels, boxes, notes)
 
 
-def read_folder(root: Path, split: str, limit: int | None) -> Samples:
+def read_folder(
+    root: Path, split: str, limit: int | None, classes: Sequence[str] | None = None
+) -> Samples:
     """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's
     folders, sorted. boxes.csv, if any, has rows path,xmin,ymin,xmax,ymax, the path from root,
     any number per image, perhaps below a header of these words.
     """
-    classes = _names(root / "train", folders=True)
+    classes = list(classes) if classes else _names(root / "train", folders=True)
     paths, labels = _by_class(root / split, classes, complete=split == "train")
     kept = _spread(len(paths), limit)
     paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
@@ -438,19 +439,14 @@ def has_split(name: str, root: str | Path | None, split: str) -> bool:
 
 
 def load_dataset(
-    name: str,
-    root: str | Path | None,
-    split: str,
-    img_size,
-    *,
-    limit: int | None = None,
-    crop: int | None = None,
-    augment: bool | None = None,
-     seed: int = 0) -> Dataset:
+    name: str, root: str | Path | None, split: str, img_size, *, limit: int | None = None,
+    crop: int | None = None, augment: bool | None = None, seed: int = 0,
+    classes: Sequence[str] | None = None,
+) -> Dataset:
     """A data set as at the top of this file. img_size is an int or (height, width). limit keeps
     that many samples, evenly spread. augment, by default on for split="train", takes random
     views, from (seed, dataset.epoch, index): set epoch before each epoch. crop=SIZE is for test
-    pictures (see fixed_view). Raises DataError.
+    pictures (see fixed_view). classes: those of a folder without a train/. Raises DataError.
     """
     augment, img_size = split == "train" if augment is None else augment, pair(img_size)
     if name not in DATASETS:
@@ -463,17 +459,9 @@ def load_dataset(
         raise DataError(f"crop: found {crop}, needs at least the network's {max(img_size)} pixels")
     if name == "synthetic":
         return Birds(split, img_size, limit, crop, augment, seed)
-    return Pictures(
-    name,
-    READERS[name](
-        Path(root),
-        split,
-        limit),
-        split,
-        img_size,
-        crop,
-        augment,
-         seed)
+    known = {"classes": classes} if name == "folder" else {}
+    samples = READERS[name](Path(root), split, limit, **known)
+    return Pictures(name, samples, split, img_size, crop, augment, seed)
 
 
 def digest(dataset: Dataset) -> str:
