@@ -23,7 +23,6 @@ MaxBoxAcc and MaxBoxAccV2.
 
 import argparse
 import contextlib
-import inspect
 import itertools
 import json
 import os
@@ -558,13 +557,10 @@ def data_source(flags: argparse.Namespace, checkpoint: dict) -> tuple[str | None
 def load_split(subject: Subject, flags: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
     """A split of the checkpoint's data set unless flags say otherwise; classes must be equal."""
     known, (name, root) = subject.checkpoint["classes"], data_source(flags, subject.checkpoint)
-    options = {"species": subject.checkpoint["config"].get("species", 9)}
-    if name != "synthetic":  # classes that the checkpoint names need no train/ folder
-        options = {"classes": known if subject.checkpoint["phase"] == "main" else None}
-    taken = inspect.signature(data.load_dataset).parameters
+    trained_on = known if subject.checkpoint["phase"] == "main" else None  # needs no train/ folder
     dataset = data.load_dataset(
         name, root, split, subject.model.img_size, limit=flags.limit_test, crop=flags.crop,
-        augment=False, **{key: value for key, value in options.items() if key in taken})
+        augment=False, classes=trained_on)
     found = dataset.classes
     if subject.checkpoint["phase"] in ("external", "foreign") and len(known) == len(found):
         known = found  # the file has no names to compare

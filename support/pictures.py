@@ -102,27 +102,15 @@ def fixed_view(size, img_size, crop: int | None = None) -> tuple[float, float, f
 
 
 def load_image(
-    path: str | Path,
-    img_size,
-    crop: int | None = None,
-     rng: np.random.Generator | None = None):
+    path: str | Path, img_size, crop: int | None = None, rng: np.random.Generator | None = None
+):
     """One file as the network's input: (image (3, H, W), view, size), seen through fixed_view, with
     an rng random_view. img_size is an int or (height, width).
     """
     h, w = img_size = pair(img_size)
-    least = (
-    round(
-        w *
-        256 /
-        224),
-        round(
-            h *
-            256 /
-            224)) if rng else (
-                crop,
-                crop) if crop else (
-                    w,
-                     h)
+    least = (crop, crop) if crop else (w, h)
+    if rng:
+        least = round(w * 256 / 224), round(h * 256 / 224)
     picture, size = decode(path, least)
     view = random_view(size, img_size, rng) if rng else fixed_view(size, img_size, crop)
     return normalise(resize_view(picture, size, view, img_size)), view, size
