@@ -512,7 +512,7 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Iter
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-    description="A contact sheet: 24 samples of a data set, with their boxes.")
+        description="A contact sheet: 24 samples of a data set, with their boxes.")
     parser.add_argument("--data", choices=DATASETS, default="synthetic")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
@@ -521,19 +521,15 @@ def main() -> None:
     if args.data != "synthetic" and args.root is None:
         parser.error(f"--root: --data {args.data} needs the folder of the data")
     side = 192
-    dataset = load_dataset(
-    args.data,
-    args.root,
-    args.split,
-    64 if args.data == "synthetic" else side,
-     limit=24)
+    size = 64 if args.data == "synthetic" else side
+    dataset = load_dataset(args.data, args.root, args.split, size, limit=24)
     sheet = Image.new("RGB", (6 * side, -(-len(dataset) // 6) * side))
     for i, sample in enumerate(dataset[i] for i in range(len(dataset))):
         tile = Image.fromarray(denormalise(sample["image"])).resize((side, side))
         draw = ImageDraw.Draw(tile)
         x0, y0, x1, y1 = sample["view"]
-        for box in (sample["boxes"].view(-1, 2, 2) - torch.tensor([x0, y0])) * \
-                    side / torch.tensor([x1 - x0, y1 - y0]):
+        scale = side / torch.tensor([x1 - x0, y1 - y0])
+        for box in (sample["boxes"].view(-1, 2, 2) - torch.tensor([x0, y0])) * scale:
             draw.rectangle([*box.amin(0), *box.amax(0)], outline="red")
         draw.text((2, 2), dataset.classes[sample["label"]],
                   fill="white", stroke_width=1, stroke_fill="black")
@@ -541,11 +537,8 @@ def main() -> None:
     partial_file = args.out.with_name(f"partial-{args.out.name}")
     sheet.save(partial_file)
     partial_file.replace(args.out)
-    print(
-    *
-    dataset.notes,
-    f"{args.out}: {len(dataset)} samples, {len(dataset.classes)} classes",
-     sep="\n")
+    summary = f"{args.out}: {len(dataset)} samples, {len(dataset.classes)} classes"
+    print(*dataset.notes, summary, sep="\n")
 
 
 if __name__ == "__main__":
