@@ -2,8 +2,8 @@
 
     with measure() as launches:
         kernels.aggregate_attention(attn, backend="triton")
-    launches[0].tensors["attn"].issued     # bytes that the kernel's loads asked for
-    launches[0].tensors["attn"].unique     # bytes touched at all: at least these come from memory
+    launches[0].tensors["attn"].issued  # bytes that the kernel's loads asked for
+    launches[0].tensors["attn"].unique  # bytes touched at all: at least these come from memory
 
 Counts are exact and the same on every run, so tests can check them. They say nothing about caches
 or coalescing.
@@ -21,7 +21,8 @@ from . import interpreter
 
 
 class Access(NamedTuple):
-    """What one launch did to one of its tensors, in elements: how often each was loaded and stored."""
+    """What one launch did to one of its tensors, in elements: how often each was loaded and stored.
+    """
 
     tensor: torch.Tensor
     loads: torch.Tensor
@@ -44,7 +45,8 @@ class Access(NamedTuple):
 
 
 class Launch:
-    """One kernel's launch: name, Access per tensor argument, programs, operations in tl.dot, atomics.
+    """One kernel's launch: name, Access per tensor argument, programs, operations in tl.dot,
+    atomics.
 
     Operations include padding. An address in no tensor argument's storage raises IndexError at
     once. `stray` counts accesses that lie in a storage but in none of the views that were passed.

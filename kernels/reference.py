@@ -1,10 +1,11 @@
-"""The naive twins of the kernels: the paper's equations in plain torch, written to be read, nothing fused or saved.
+"""The naive twins of the kernels: the paper's equations in plain torch, written to be read, nothing
+fused or saved.
 
     B images    h x w = N patches, N+1 tokens with the class token first    S heads of d = D/S channels
     D channels    C classes    G kernels of size k x k    K asked classes
 
-Same names and signatures as the public functions of `kernels`, so that a test is one line. Each computes in the dtype
-of its arguments (the tests give float64) and torch differentiates it.
+Same names and signatures as the public functions of `kernels`, so that a test is one line. Each
+computes in the dtype of its arguments (the tests give float64) and torch differentiates it.
 """
 
 import math
@@ -15,7 +16,9 @@ from torch import Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, relation: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Eq. 4 with its two maps: q, k, v (B, S, N+1, d) -> out (B, S, N+1, d), M_l^c (B, N+1), M_l^r (B, N) or None."""
+    """Eq. 4 with its two maps: q, k, v (B, S, N+1, d) -> out (B, S, N+1, d), M_l^c (B, N+1), M_l^r
+    (B, N) or None.
+    """
     attn = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
     cls_attn, patch_relation = aggregate_attention(attn)
     return attn @ v, cls_attn, patch_relation if relation else None
@@ -26,12 +29,14 @@ def aggregate_attention(attn: Tensor) -> tuple[Tensor, Tensor]:
     mean = attn.mean(1)  # A'_l (B, N+1, N+1)
     cls_attn = mean[:, 0]  # M_l^c (B, N+1)
     patch_attn = mean[:, :, 1:]  # M_l^p (B, N+1, N)
-    weighted = cls_attn[:, :, None] * patch_attn  # M_l^h (B, N+1, N): row i of all N+1 rows, times M_l^c[i]
+    # M_l^h (B, N+1, N): row i of all N+1 rows, times M_l^c[i]
+    weighted = cls_attn[:, :, None] * patch_attn
     return cls_attn, weighted.mean(1)  # M_l^r (B, N): 1/(N+1) sum_i
 
 
 def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Eq. 6: each image of x (B, D, h, w) convolved with its own kernel, zeros outside -> (B, C, h, w).
+    """Eq. 6: each image of x (B, D, h, w) convolved with its own kernel, zeros outside -> (B, C, h,
+    w).
 
     scores S_g (B, G), weight W_g^e (G, C, D, k, k), bias (C) or None, which no score weighs.
     """
@@ -41,7 +46,9 @@ def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def dynamic_conv_logits(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, pool: str = "gap") -> Tensor:
-    """The global average pool of Eq. 6 -> (B, C); "padded" puts a zero-padded 3 x 3 average before it."""
+    """The global average pool of Eq. 6 -> (B, C); "padded" puts a zero-padded 3 x 3 average before
+    it.
+    """
     maps = dynamic_conv2d(x, scores, weight, bias)  # (B, C, h, w)
     if pool == "padded":
         maps = F.avg_pool2d(maps, 3, stride=1, padding=1)
