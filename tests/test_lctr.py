@@ -13,6 +13,7 @@ from PIL import Image
 
 import kernels
 import lctr
+from support import walkthrough
 from lctr import LCTR, VisionTransformer, fuse, load_checkpoint, load_pretrained
 
 SIZE = dict(img_size=(12, 20), patch_size=4, embed_dim=12, depth=3, num_heads=2)  # grid 3 x 5
@@ -701,7 +702,7 @@ def test_deit_by_name_uses_the_hubs_cache_and_fails_in_one_line(tmp_path, monkey
 
 def call(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["lctr.py", *map(str, arguments)])
-    lctr.main()
+    walkthrough.main(lctr)
 
 
 def test_trace_prints_every_step_of_one_image(tmp_path, monkeypatch, capsys):
@@ -719,8 +720,8 @@ def test_traced_steps_are_what_localize_computes(head):
     model, x = make(head=head), images(1)
     sizes = {"1": 1, "3": 3, "B": 1, "H": 12, "W": 20, "h": 3, "w": 5, "N": 15, "N+1": 16, "D": 12, "S": 2, "C": 7,
              "k": 3, "G": 4 if head == "cdm" else 1}
-    steps = {name.split(":")[0]: value for _, name, _, value in lctr.trace(model, x)}
-    for _, name, symbols, value in lctr.trace(model, x):
+    steps = {name.split(":")[0]: value for _, name, _, value in walkthrough.trace(lctr, model, x)}
+    for _, name, symbols, value in walkthrough.trace(lctr, model, x):
         assert value.shape == tuple(sizes[symbol] for symbol in symbols.strip("()").split(", ")), name
     found = model.localize(x)
     equal(steps["logits"], found.logits), equal(steps["p"].sum(), torch.tensor(1.0, dtype=x.dtype))
