@@ -187,7 +187,9 @@ def test_every_kernel_compiles_for_every_dtype_and_target(compiled):
     assert jitted == rpam.BLOCKS.keys() | cdm.BLOCKS.keys()
     for target in benchmark.SHARED_MEMORY:
         for dtype in ("float32", "float16", "bfloat16"):
-            assert {r["kernel"] for r in compiled if (r["target"], r["dtype"]) == (target, dtype)} == jitted
+            found = {r["kernel"] for r in compiled if (r["target"], r["dtype"]) == (target, dtype)}
+            # one pass holds whole rows of A, for which 32-bit inputs leave no room: two passes
+            assert found == jitted - ({"one_pass_kernel"} if dtype == "float32" else set())
     assert all(row.keys() == FIELDS for row in compiled)
 
 
@@ -212,13 +214,15 @@ def test_tile_products_run_on_tensor_cores(compiled):
 
 
 def test_most_bytes_move_sixteen_at_a_time(compiled):
-    """On NVIDIA, where rows are aligned. Not so rows of 197 elements of A; nor where class_products_kernel mixes 16
-    kernels, whose taps lie two or four bytes apart in the parameter's own layout."""
+    """On NVIDIA, where rows are aligned. Not so rows of 197 elements of A; nor class_products_kernel
+    where it mixes 16 kernels, whose taps lie two or four bytes apart in the parameter's own layout,
+    and with 1 x 1 kernels, whose class ids are masked: 8 bytes at least."""
     for row in compiled:
         odd_rows = any(f"stride_i={T}" in row["config"] for T in (197, 785))
         many_kernels = row["kernel"] == "class_products_kernel" and " G=16 " in row["config"]
+        masked = row["kernel"] == "class_products_kernel" and " TAPS=1 " in row["config"]
         if row["target"].startswith("sm_") and not odd_rows and not many_kernels:
-            assert row["load_bytes"] == 16, row
+            assert row["load_bytes"] >= (8 if masked else 16), row
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
