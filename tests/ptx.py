@@ -1,4 +1,4 @@
-"""Executes in numpy, on CPU tensors, the PTX to which Triton compiles the kernels for an NVIDIA GPU.
+"""Executes in numpy, on CPU tensors, the PTX to which Triton compiles kernels for an NVIDIA GPU.
 
     with ptx.emulated(90):                                     # for sm_90; 80 for sm_80
         kernels.attention(q, k, v, relation=True, backend="triton")
@@ -139,7 +139,7 @@ def flush(values):
 
 
 def halves(words, kind):
-    """32-bit registers (..) as pairs of f16 or bf16 numbers, the low half first: float32 (.., 2)."""
+    """32-bit registers (..) as pairs of f16 or bf16 numbers, low half first: float32 (.., 2)."""
     pairs = np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape, 2)
     return widen(pairs) if kind == "bf16" else pairs.view(np.float16).astype(np.float32)
 
@@ -243,6 +243,7 @@ class Program:
         self.registers, self.constants = {}, {}
         self.copies, self.copy_groups = [], []  # cp.async: not yet committed; committed
         self.products, self.product_groups = [], []  # wgmma, likewise
+        self.partial = {}  # sums of products so far, by accumulator
         self.barrier()
         memory.start = memory.time
 
@@ -434,7 +435,8 @@ def shift_right(a, by):
 INTEGER = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs,
-    "min": np.minimum, "max": np.maximum, "div": quotient, "rem": lambda a, b: a - quotient(a, b) * b,
+    "min": np.minimum, "max": np.maximum, "div": quotient,
+    "rem": lambda a, b: a - quotient(a, b) * b,
 }
 FLOAT = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": fused,
@@ -497,7 +499,7 @@ def extract_bits(program, step, active):
     field = (value >> position) & (1 << length) - 1
     if step.type == "s32":
         field -= ((field >> np.maximum(length - 1, 0)) & 1) << length
-    program.put(step.operands[0], field.astype(np.int32 if step.type == "s32" else np.uint32), active)
+    program.put(step.operands[0], field.astype(TYPES[step.type]), active)
 
 
 def permute_bytes(program, step, active):
@@ -537,7 +539,8 @@ def store(program, step, active):
     bits = f"b{8 * TYPES[step.type].itemsize}"
     values = np.stack([program.get(name, bits) for name in names_of(step.operands[1])], 1)
     data = values.view(np.uint8)
-    memory.access(program.address(step.operands[0], kind), data.shape[1], active, program.warp, data)
+    where = program.address(step.operands[0], kind)
+    memory.access(where, data.shape[1], active, program.warp, data)
 
 
 def memory_of(program, step):
@@ -563,8 +566,8 @@ def copy_async(program, step, active):
             for arguments in program.copy_groups.pop(0):
                 finish_copy(program, *arguments)
     elif parts[0] in ("ca", "cg"):
-        to, source, size = program.address(step.operands[0], "u32"), step.operands[1], step.operands[2]
-        source, size = program.address(source, "u64"), int(size, 0)
+        to, source = (program.address(*pair) for pair in zip(step.operands, ("u32", "u64")))
+        size = int(step.operands[2], 0)
         count = program.get(step.operands[3] if len(step.operands) > 3 else str(size), "u32")
         garbage = np.full((program.threads, size), 0xFF, np.uint8)
         program.shared.access(to, size, active, program.warp, garbage)
@@ -583,7 +586,7 @@ def finish_copy(program, to, source, size, count, active):
 
 
 def barrier(program, step, active):
-    """All threads of the program wait for each other; bar.warp: those of a warp, which always do."""
+    """All threads of the program wait for each other; bar.warp: a warp's, which always do."""
     if step.parts[1] != "warp":
         if step.operands != ["0"]:
             raise Fault("only the barrier of all threads is known")
@@ -682,7 +685,7 @@ def multiply_matrices(program, step, active):
 
 
 class Product(NamedTuple):
-    """A wgmma under way. `start`: its accumulator (groups, 64, N), None for one that is under way."""
+    """A wgmma under way. `start`: its accumulator (groups, 64, N); None: what comes before."""
 
     step: Instruction
     start: np.ndarray | None
@@ -701,9 +704,7 @@ def warp_group(program, step, active):
                 finish_product(program, job)
     elif action == "mma_async":
         d, a, b, scale = step.operands[:4]
-        busy = any(set(job.step.operands[0]) & set(d)
-                   for job in itertools.chain(program.products, *program.product_groups))
-        start = None if busy else accumulator(program, d)
+        start = None if under_way(program, d) else accumulator(program, d)
         if not program.get(scale, "pred").any():
             start = np.zeros_like(accumulator(program, d))
         descriptors = {i: program.get(x, "u64").reshape(-1, 128)[:, 0]
@@ -715,10 +716,16 @@ def warp_group(program, step, active):
         raise Fault("unknown instruction")
 
 
+def under_way(program, names) -> bool:
+    jobs = itertools.chain(program.products, *program.product_groups)
+    return any(set(job.step.operands[0]) & set(names) for job in jobs)
+
+
 def accumulator(program, names):
-    """D as it lies in the registers: warp w holds rows 16 w .. 16 w + 15, in tiles 8 columns wide."""
+    """D as it lies in the registers: warp w holds rows 16 w .. 16 w + 15, in tiles of 8 columns."""
     words = np.stack([program.get(name, "f32") for name in names], -1)
-    words = words.reshape(-1, 4, 8, 4, len(names) // 4, 2, 2)  # (group, warp, r, c, tile, half, pair)
+    # (group, warp, row, lane in the row, tile, upper or lower half, column of two)
+    words = words.reshape(-1, 4, 8, 4, len(names) // 4, 2, 2)
     return words.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, 64, 2 * len(names))
 
 
@@ -735,8 +742,11 @@ def finish_product(program, job):
     else:
         a = shared_operand(program, job.descriptors[1], 64, k, kind, transposed[:1] == [1])
     b = shared_operand(program, job.descriptors[2], n, k, kind, transposed[-1:] == [1])
-    start = accumulator(program, d) if job.start is None else job.start
-    result = product(a, b, start).reshape(-1, 4, 2, 8, n // 8, 4, 2)
+    start = program.partial[d] if job.start is None else job.start
+    program.partial[d] = product(a, b, start)
+    if under_way(program, d):  # a later group adds to it, so the registers stay garbage
+        return
+    result = program.partial[d].reshape(-1, 4, 2, 8, n // 8, 4, 2)
     result = result.transpose(0, 1, 3, 5, 4, 2, 6).reshape(program.threads, -1)
     for name, column in zip(d, result.T):
         program.put(name, column)
@@ -873,7 +883,9 @@ def run(kernel: Kernel, grid, values: list) -> None:
     def bits(value):
         if isinstance(value, torch.Tensor):
             return value.data_ptr()
-        return struct.unpack("<I", struct.pack("<f", value))[0] if isinstance(value, float) else value
+        if isinstance(value, float):
+            return struct.unpack("<I", struct.pack("<f", value))[0]
+        return value
 
     arguments = dict(zip(kernel.parameters, map(bits, values), strict=True))
     memory = Memory("global", regions)

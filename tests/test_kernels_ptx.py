@@ -6,6 +6,7 @@ for sm_80 and for sm_90, executed by ptx.py on this CPU. Forward and backward, a
 """
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -66,3 +67,31 @@ def test_deit_shapes(name, dtype, sm):
             else ConvCase(B=1, D=384, C=200, G=4, h=14, w=14, dtype=dtype))
     with ptx.emulated(sm):
         CHECKS[name][1](kernels, case)
+
+
+FAULTS = {  # of the compiled code: every match is replaced
+    "no barrier": (r"\bbar\.sync\s+0;", ""),
+    "no wait for copies": (r"\bcp\.async\.wait_group\s+\d+;", ""),
+    "no wait for products": (r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;", ""),
+    "no fence": (r"\bfence\.proxy\.async\.shared::cta;", ""),
+    "loads of the masked": (r"@(%p\d+) ld\.global", r"@!\1 ld.global"),
+    "stores of the masked": (r"@(%p\d+) st\.global", r"@!\1 st.global"),
+    "not transposed": (r"\.x4\.trans\b", ".x4"),
+}
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_compiled_code_is_seen(fault, sm):
+    replaced = []
+
+    def edit(code):
+        code, count = re.subn(*FAULTS[fault], code)
+        replaced.append(count)
+        return code
+
+    case = ConvCase(B=1, D=72, C=24, G=2, h=3, w=5, dtype=torch.bfloat16)
+    with pytest.raises((AssertionError, ptx.Fault)), ptx.emulated(sm, edit):
+        check_conv(kernels, case)
+        if not any(replaced):
+            pytest.skip("nothing to break in this kernel")

@@ -45,8 +45,9 @@ def test_instruction(line, expected):
 
 EXCHANGE = ("shl.b32 %r3, %r1, 2; st.shared.b32 [%r3], %r1; bar.sync 0; xor.b32 %r4, %r3, 128; "
             "ld.shared.b32 %r2, [%r4]; st.global.b32 [%rd2], %r2;")
-COPY = ("st.global.b32 [%rd2], %r1; shl.b32 %r3, %r1, 2; cp.async.ca.shared.global [%r3], [%rd2], 4;"
-        "cp.async.commit_group; cp.async.wait_group 0; ld.shared.b32 %r2, [%r3];"
+COPY = ("st.global.b32 [%rd2], %r1; shl.b32 %r3, %r1, 2; "
+        "cp.async.ca.shared.global [%r3], [%rd2], 4; cp.async.commit_group; "
+        "cp.async.wait_group 0; ld.shared.b32 %r2, [%r3];"
         "st.global.b32 [%rd2], %r2;")
 
 
