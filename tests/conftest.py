@@ -52,3 +52,11 @@ def folder(tmp_path):
     import helpers
 
     return helpers.make_folder(tmp_path / "my data")
+
+
+@pytest.fixture(autouse=True)
+def exact_float32_products():
+    """The scripts let a GPU round float32 products to TF32, for the whole process: not here."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
