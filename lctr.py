@@ -28,6 +28,7 @@ twins in `kernels`, which compute the same, fused: Triton on CUDA, torch elsewhe
 
 import math
 import sys
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -36,30 +37,17 @@ from torch import Tensor, nn
 
 import kernels
 from support import walkthrough, weights
-from support.common import last_line, minmax, pair
+from support.common import last_line, minmax, one_of, pair
 
 ARCHITECTURES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}  # D, L, S
 COUPLINGS = ("none", "cls", "relation", "cls-only", "relation-only")
 HEADS = weights.HEADS  # prefixes of the parameters that are no backbone's
-MODEL_FLAGS = (
+MODEL_FLAGS = (  # what a checkpoint's config says of its model
     "img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path", "head", "num_kernels",
-    "kernel_size", "scorer", "erase", "pool")  # what a checkpoint's config says of its model
+    "kernel_size", "scorer", "erase", "pool")
 
 
-# ---------------------------------------------------------------- tokens, attention, RPAM
-
-
-class PatchEmbed(nn.Module):
-    """Cuts images into P x P patches and projects each linearly: F(x_p) of Eq. 1."""
-
-    def __init__(self, patch_size: int, embed_dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.proj(images)  # (B, 3, H, W) -> (B, D, h, w)
-        return patches.flatten(2).transpose(1, 2)  # (B, N, D)
-
+# ---------------------------------------------------------------- attention and RPAM
 
 class AttentionMaps(NamedTuple):
     """What RPAM reads off one block's attention; None where it was not requested."""
@@ -70,9 +58,7 @@ class AttentionMaps(NamedTuple):
 
 
 def rpam(attn: Tensor) -> tuple[Tensor, Tensor]:
-    """The relational patch-attention module (Fig. 3), naively: A_l (B, S, N+1, N+1) -> M_l^c,
-    M_l^r.
-    """
+    """RPAM (Fig. 3), naively: A_l (B, S, N+1, N+1) -> M_l^c (B, N+1), M_l^r (B, N)."""
     mean = attn.mean(1)  # A'_l (B, N+1, N+1): over the heads
     cls_attn = mean[:, 0]  # M_l^c (B, N+1): how much the class token attends to each token
     patch_attn = mean[:, :, 1:]  # M_l^p (B, N+1, N): how much each token attends to each patch
@@ -105,19 +91,6 @@ class Attention(nn.Module):
 
 # ---------------------------------------------------------------- the transformer
 
-
-class Mlp(nn.Module):
-    """Two linear layers with an exact GELU between, for each token alone."""
-
-    def __init__(self, embed_dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # (B, N+1, D) -> (B, N+1, 4D) -> (B, N+1, D)
-
-
 class Block(nn.Module):
     """One pre-norm transformer block."""
 
@@ -126,23 +99,16 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
         self.attn = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio))
+        hidden = int(embed_dim * mlp_ratio)
+        self.mlp = nn.Sequential(OrderedDict(  # of each token alone; the GELU is exact
+            fc1=nn.Linear(embed_dim, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, embed_dim)))
 
-    def forward(
-        self, x: Tensor, attention: str, keep: Tensor | None
-    ) -> tuple[Tensor, AttentionMaps]:
-        """x (B, N+1, D) -> the same shape, and maps; keep: stochastic_depth's row of this block."""
+    def forward(self, x: Tensor, attention: str, keep: Tensor | None) -> tuple:
+        """x (B, N+1, D) -> the same shape, and AttentionMaps; keep (B, 2): stochastic_depth's."""
         update, maps = self.attn(self.norm1(x), attention)
         x = x + (update if keep is None else keep[:, 0, None, None] * update)  # (B, 1, 1) times
         update = self.mlp(self.norm2(x))
         return x + (update if keep is None else keep[:, 1, None, None] * update), maps
-
-
-def init_linear(module: nn.Module) -> None:
-    """ViT's initialisation of linear layers."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 class VisionTransformer(nn.Module):
@@ -152,10 +118,9 @@ class VisionTransformer(nn.Module):
     stochastic depth. Raises ValueError for sizes that do not divide.
     """
 
-    def __init__(
-        self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, embed_dim: int = 384,
-        depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0, drop_path: float = 0.0,
-    ):
+    def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int = 16,
+                 embed_dim: int = 384, depth: int = 12, num_heads: int = 6,
+                 mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
         self.img_size = pair(img_size)
         if any(side % patch_size or side < 1 for side in self.img_size):
@@ -164,56 +129,56 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"num_heads: got {num_heads}, need a divisor of embed_dim {embed_dim}")
         self.grid = tuple(side // patch_size for side in self.img_size)  # (h, w)
         self.num_heads = num_heads
-        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.patch_embed = nn.Sequential(OrderedDict(
+            proj=nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + math.prod(self.grid), embed_dim))
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
-        self.drop_rates = [drop_path * block / max(1, depth - 1) for block in range(depth)]
-
-        self.apply(init_linear)
+        self.drop_path = drop_path
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: images (B, 3, H, W) -> X_1 = [x_cls; F(x_p^1); ...; F(x_p^N)] + P (B, N+1, D)."""
-        patches = self.patch_embed(images)  # (B, N, D)
+        patches = self.patch_embed(images)  # F: each P x P patch projected linearly (B, D, h, w)
+        patches = patches.flatten(2).mT  # (B, N, D)
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)  # (1, 1, D) -> (B, 1, D)
         return torch.cat([cls_token, patches], 1) + self.pos_embed
 
     def stochastic_depth(self, batch: int, noise: Tensor | None) -> Tensor | None:
-        """What multiplies each image's two residual branches in each block (B, L, 2); None:
-        nothing.
+        """What multiplies the two residual branches of each block (B, L, 2); None: nothing does.
 
         In training a branch of block l is left out (times 0) with probability p_l, which grows
-        linearly from 0 in the first block to drop_path in the last. Where it stays it counts 1 / (1
-        - p_l), so that its mean is what it is at inference, where every branch stays. noise:
-        uniform numbers in [0, 1) (B, L, 2); a branch stays where its number is at least p_l. Drawn
-        here where None.
+        linearly from 0 in the first block to drop_path in the last. Where it stays it counts
+        1 / (1 - p_l), so that its mean is what it is at inference. noise (B, L, 2): uniform in
+        [0, 1), drawn here where None; a branch stays where its number is at least p_l.
         """
-        if not self.training or self.drop_rates[-1] == 0:
+        if not self.training or self.drop_path == 0:
             return None
-        dtype = torch.promote_types(self.pos_embed.dtype, torch.float32)
-        rates = self.pos_embed.new_tensor(self.drop_rates, dtype=dtype)[:, None]  # p_l (L, 1)
+        depth, dtype, device = len(self.blocks), self.pos_embed.dtype, self.pos_embed.device
+        rates = torch.linspace(0, self.drop_path, depth, dtype=dtype, device=device)[:, None]
         if noise is None:
-            noise = torch.rand(batch, len(self.blocks), 2, device=rates.device)
-        return ((noise >= rates) / (1 - rates)).to(self.pos_embed.dtype)
+            noise = torch.rand(batch, depth, 2, device=device)
+        return (noise >= rates) / (1 - rates)  # (B, L, 2) against p_l (L, 1)
 
     def forward_features(
         self, images: Tensor, attention: str = "cls", depth_noise: Tensor | None = None
     ) -> tuple[Tensor, list[AttentionMaps]]:
-        """Images (B, 3, H, W), ImageNet-normalised -> tokens after the final norm, maps of L
-        blocks.
+        """ImageNet-normalised images (B, 3, H, W) -> tokens (B, N+1, D), maps of L blocks.
 
-        attention: "cls" gives M_l^c alone; "relation" M_l^c and M_l^r, at inference, A_l never
-        held; "full" all three. depth_noise: see stochastic_depth. The tokens are X_L with the class
-        token (B, N+1, D). Raises ValueError for images of another size, another attention.
+        The tokens are X_L with the class token, after the final norm. attention: "cls" gives M_l^c
+        alone; "relation" M_l^c and M_l^r, at inference, A_l never held; "full" all three.
+        depth_noise: see stochastic_depth. Raises ValueError for another size or attention.
         """
         if images.shape[1:] != (3, *self.img_size):
             need = f"(B, 3, {self.img_size[0]}, {self.img_size[1]})"
             raise ValueError(f"images: got shape {tuple(images.shape)}, need {need}")
-        if attention not in ("cls", "relation", "full"):
-            raise ValueError(f'attention: got {attention!r}, need "cls", "relation" or "full"')
+        one_of("attention", attention, "cls", "relation", "full")
         x = self.embed(images)  # Eq. 1: X_1 (B, N+1, D)
         keep = self.stochastic_depth(x.shape[0], depth_noise)  # (B, L, 2) or None
         maps = []
@@ -224,7 +189,6 @@ class VisionTransformer(nn.Module):
 
 
 # ---------------------------------------------------------------- the cue digging module
-
 
 def dynamic_conv2d(features: Tensor, scores: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Eq. 6, naively: X_L (B, D, h, w), S_g (B, G), W_g^e (G, C, D, k, k) -> X_CDM (B, C, h, w).
@@ -247,10 +211,8 @@ class CDM(nn.Module):
     to [0, 1] first. pool: see LCTR.
     """
 
-    def __init__(
-        self, embed_dim: int, num_classes: int, num_kernels: int, kernel_size: int,
-        scorer: str, erase: str, pool: str,
-    ):
+    def __init__(self, embed_dim: int, num_classes: int, num_kernels: int, kernel_size: int,
+                 scorer: str, erase: str, pool: str):
         super().__init__()
         self.scorer, self.erase, self.pool = scorer, erase, pool
         self.conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
@@ -262,15 +224,12 @@ class CDM(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_kernels, num_classes, embed_dim, k, k))  # W_g^e
         self.bias = nn.Parameter(torch.zeros(num_classes))
         self.last_scores = None  # (B, G), of the last batch in training, for its log
-
         # Scores start at .5 and learn slowly (train.py's GATE_RATE). AdamW moves every weight of a
         # score layer alike, and GMP is positive in all D channels: at the full rate all kernels
         # are turned off within ten steps, and a sigmoid at 0 passes no gradient back.
-        for layer in (getattr(self, name, None) for name in ("score_avg", "score_max")):
-            if layer is not None:
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.conv.bias)
+        for name, parameter in self.named_parameters():
+            if name.startswith("score_") or name == "conv.bias":
+                nn.init.zeros_(parameter)
         for kernel in self.weight:  # one by one: each convolution's own fan-in is D * k * k
             nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
 
@@ -301,16 +260,11 @@ class CDM(nn.Module):
         return scores
 
     def logits(self, features: Tensor, scores: Tensor) -> Tensor:
-        """(B, C): the average of X_CDM over its positions, computed without X_CDM (both are
-        linear).
-        """
+        """The average of X_CDM over its positions (B, C), without X_CDM: both are linear."""
         return kernels.dynamic_conv_logits(features, scores, self.weight, self.bias, self.pool)
 
-    def class_maps(
-        self, features: Tensor, scores: Tensor, classes: Tensor | None = None
-    ) -> Tensor:
-        """Eq. 6: X_CDM (B, C, h, w), or at the requested classes (B, K) alone M_CDM (B, K, h, w).
-        """
+    def class_maps(self, features: Tensor, scores: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Eq. 6: X_CDM (B, C, h, w), or M_CDM (B, K, h, w) at the requested classes (B, K)."""
         if classes is None:  # dynamic_conv2d, fused
             return kernels.dynamic_conv2d(features, scores, self.weight, self.bias)
         return kernels.class_maps(features, scores, self.weight, self.bias, classes)
@@ -321,7 +275,6 @@ class CDM(nn.Module):
 
 
 # ---------------------------------------------------------------- the localisation map
-
 
 class Localization(NamedTuple):
     """What LCTR.localize returns; fuse() makes the localisation map of it."""
@@ -336,15 +289,13 @@ class Localization(NamedTuple):
 def fuse(localization: Localization, coupling: str = "relation", relu: bool = True) -> Tensor:
     """Localisation maps (B, K, h, w) of the K classes, before resizing and thresholds.
 
-    coupling says which maps are multiplied. "relation": ReLU(M_CDM) * M_*^r, Eq. 3; "cls":
-    ReLU(M_CDM) * M~_*^c; "none": ReLU(M_CDM) alone. On a "cdm" head these are LCTR, CDM and its
-    class map; on a "conv" head TS-CAM + RPAM, TS-CAM and CAM. "relation-only", "cls-only": that
-    attention map alone, the same for every class. relu=False leaves the class map signed, as
-    TS-CAM's own code does. Raises ValueError for another coupling, or where a "token" head has no
-    class maps.
+    coupling: "relation" is ReLU(M_CDM) * M_*^r, Eq. 3; "cls" ReLU(M_CDM) * M~_*^c; "none"
+    ReLU(M_CDM) alone. On a "cdm" head these are LCTR, CDM and its class map; on a "conv" head
+    TS-CAM + RPAM, TS-CAM and CAM. "relation-only", "cls-only": that attention map alone, the same
+    for every class. relu=False leaves the class map signed, as TS-CAM's own code does. Raises
+    ValueError for another coupling, or where a "token" head has no class maps.
     """
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling: got {coupling!r}, need one of {', '.join(COUPLINGS)}")
+    one_of("coupling", coupling, *COUPLINGS)
     attention_map = localization.cls_map if "cls" in coupling else localization.relation_map
     attention_map = attention_map[:, None]  # (B, 1, h, w)
     if coupling.endswith("-only"):
@@ -358,11 +309,8 @@ def fuse(localization: Localization, coupling: str = "relation", relu: bool = Tr
 
 # ---------------------------------------------------------------- LCTR
 
-
 def pooled_conv(conv: nn.Conv2d, features: Tensor, pool: str) -> Tensor:
-    """The average of conv(features) over its positions (B, C), computed as CDM.logits: G = 1, S_g =
-    1.
-    """
+    """The average of conv(features) over its positions (B, C), as CDM.logits: G = 1, S_g = 1."""
     score = features.new_ones(features.shape[0], 1)
     return kernels.dynamic_conv_logits(features, score, conv.weight[None], conv.bias, pool)
 
@@ -388,24 +336,17 @@ class LCTR(VisionTransformer):
     Raises ValueError for a choice that does not exist or sizes that do not divide.
     """
 
-    def __init__(
-        self, num_classes: int, img_size: int | tuple[int, int] = 224, patch_size: int = 16,
-        embed_dim: int = 384, depth: int = 12, num_heads: int = 6, mlp_ratio: float = 4.0,
-        drop_path: float = 0.0, head: str = "cdm", num_kernels: int = 4, kernel_size: int = 3,
-        scorer: str = "separate", erase: str = "raw", pool: str = "gap",
-    ):
-        for name, value, allowed in (
-            ("head", head, ("cdm", "conv", "token")),
-            ("kernel_size", kernel_size, (1, 3)),
-            ("scorer", scorer, ("separate", "shared", "gap", "gmp")),
-            ("erase", erase, ("raw", "minmax")),
-            ("pool", pool, ("gap", "padded")),
-        ):
-            if value not in allowed:
-                need = ", ".join(map(str, allowed))
-                raise ValueError(f"{name}: got {value!r}, need one of {need}")
-        super().__init__(
-            img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path)
+    def __init__(self, num_classes: int, img_size: int | tuple[int, int] = 224,
+                 patch_size: int = 16, embed_dim: int = 384, depth: int = 12, num_heads: int = 6,
+                 mlp_ratio: float = 4.0, drop_path: float = 0.0, head: str = "cdm",
+                 num_kernels: int = 4, kernel_size: int = 3, scorer: str = "separate",
+                 erase: str = "raw", pool: str = "gap"):
+        one_of("head", head, "cdm", "conv", "token")
+        one_of("kernel_size", kernel_size, 1, 3)
+        one_of("scorer", scorer, "separate", "shared", "gap", "gmp")
+        one_of("erase", erase, "raw", "minmax")
+        one_of("pool", pool, "gap", "padded")
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, mlp_ratio, drop_path)
         self.head_type, self.pool = head, pool
         if head == "cdm":
             self.cdm = CDM(embed_dim, num_classes, num_kernels, kernel_size, scorer, erase, pool)
@@ -414,15 +355,15 @@ class LCTR(VisionTransformer):
             nn.init.zeros_(self.head.bias)
         else:
             self.classifier = nn.Linear(embed_dim, num_classes)
-            init_linear(self.classifier)
+            nn.init.trunc_normal_(self.classifier.weight, std=0.02)
+            nn.init.zeros_(self.classifier.bias)
 
     def on_grid(self, patches: Tensor) -> Tensor:
         """(B, N) -> (B, h, w), the paper's Gamma; (B, N, D) -> (B, D, h, w). Both are views."""
         return (patches if patches.ndim == 2 else patches.mT).unflatten(-1, self.grid)
 
     def classify(self, tokens: Tensor, cls_map: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N+1, D), M~_*^c (B, h, w) -> logits (B, C) and, of a "cdm" head, S_g (B, G).
-        """
+        """Tokens (B, N+1, D), M~_*^c (B, h, w) -> logits (B, C); of a "cdm" head S_g (B, G)."""
         if self.head_type == "token":
             return self.classifier(tokens[:, 0]), None  # (B, D) -> (B, C)
         features = self.on_grid(tokens[:, 1:])  # X_L (B, D, h, w)
@@ -432,10 +373,7 @@ class LCTR(VisionTransformer):
         return self.cdm.logits(features, scores), scores
 
     def forward(self, images: Tensor, depth_noise: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, C), whose cross-entropy is Eq. 2.
-
-        depth_noise: see stochastic_depth.
-        """
+        """Images (B, 3, H, W) -> logits (B, C), Eq. 2's. depth_noise: see stochastic_depth."""
         tokens, maps = self.forward_features(images, "cls", depth_noise)
         cls_map = self.on_grid(mean_over_blocks(maps, "cls")[:, 1:])  # M~_*^c (B, h, w)
         return self.classify(tokens, cls_map)[0]
@@ -480,16 +418,14 @@ class LCTR(VisionTransformer):
 
 # ---------------------------------------------------------------- weights: support/weights.py
 
-
 def load_pretrained(model: VisionTransformer, path: str) -> weights.LoadReport:
     """Loads a backbone from a file of weights; heads stay new. Raises ValueError naming the file.
 
     path: a .safetensors or torch file of a timm ViT, DeiT, DINOv2, TS-CAM, the authors' LCTR or
     this project, or deit_tiny, deit_small, deit_base, which torch.hub downloads once.
     """
-    content = weights.read_weights(path)
     update, report = weights.fit_backbone(
-        content, model.state_dict(), model.grid, model.num_heads, path)
+        weights.read_weights(path), model.state_dict(), model.grid, model.num_heads, path)
     model.load_state_dict(update, strict=False)
     return report
 
@@ -505,8 +441,7 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
         model = LCTR(len(checkpoint["classes"]), **config)
         model.load_state_dict(checkpoint["model"])
     except weights.LOAD_ERRORS as error:
-        reason = f"its weights do not fit its own config: {last_line(error)}"
-        raise ValueError(f"{path}: {reason}") from None
+        raise ValueError(f"{path}: its weights do not fit its config: {last_line(error)}") from None
     return model.eval(), checkpoint
 
 
