@@ -81,7 +81,7 @@ class Birds(Dataset):
         self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
         self.pads = [round(side * 3 / 32) for side in img_size]  # rows, columns
         self.reflected = [np.pad(np.arange(side), pad, mode="reflect")
-                                 for side, pad in zip(img_size, self.pads)]
+                          for side, pad in zip(img_size, self.pads)]
 
     annotated = property(lambda self: len(self))                # all birds have a box
 
@@ -103,15 +103,11 @@ class Birds(Dataset):
             view = fixed_view((w, h), (h, w), self.crop)
             if self.crop:
                 pixels = resize_view(Image.fromarray(pixels), (w, h), view, (h, w))
-        return {"image": normalise(pixels),
-    "label": int(self.labels[index]),
-    "palette": int(self.palettes[index]),
-    "boxes": torch.from_numpy(self.boxes[index:index + 1]),
-    "size": (w,
-    h),
-    "view": view,
-    "index": index,
-     "path": f"synthetic/{self.split}/{self.indices[index]:05d}"}
+        return {"image": normalise(pixels), "label": int(self.labels[index]),
+                "palette": int(self.palettes[index]),
+                "boxes": torch.from_numpy(self.boxes[index:index + 1]), "size": (w, h),
+                "view": view, "index": index,
+                "path": f"synthetic/{self.split}/{self.indices[index]:05d}"}
 
 
 def _cores() -> int:
@@ -130,20 +126,7 @@ def _ignore_interrupt(*_):
 
 # ---------------------------------------------------------------- image files
 
-SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".ppm",
-    ".pgm",
-     ".avif"}
+SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .avif".split())
 
 
 class Samples(NamedTuple):
@@ -162,10 +145,9 @@ def _names(folder: Path, folders: bool = False) -> list[str]:
     """The sorted names of a folder's image files, or of its folders; hidden ones left out."""
     try:
         with os.scandir(folder) as entries:
-            return sorted(
-    entry.name for entry in entries if not entry.name.startswith(".") and (
-        entry.is_dir() if folders else os.path.splitext(
-            entry.name)[1].lower() in SUFFIXES and entry.is_file()))
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and (
+                entry.is_dir() if folders else
+                os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file()))
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; needs to be a folder") from None
 
@@ -200,9 +182,8 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
 
     classes = read_table(root / "classes.txt", "'<class id> <name>'", str)
     if classes.keys() != set(range(1, len(classes) + 1)):
-        raise DataError(
-    f"{root / 'classes.txt'}: found {len(classes)} ids from {min(classes)} to {max(classes)}, "
-    f"needs 1 to {len(classes)}")
+        raise DataError(f"{root / 'classes.txt'}: found {len(classes)} ids from {min(classes)} to "
+                        f"{max(classes)}, needs 1 to {len(classes)}")
     images = read_table(root / "images.txt", "'<image id> <path below images/>'", str)
     lines = {}
     for number, path in images.values():
@@ -226,20 +207,17 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
                         {str(key): key - 1 for key in classes}.__getitem__)
     splits = annotation("train_test_split.txt", "'<image id> <1 for train, 0 for test>'",
                         {"1": "train", "0": "test"}.__getitem__)
-    boxes = annotation(
-    "bounding_boxes.txt",
-    "'<image id> <x> <y> <width> <height>', finite, the sizes above 0",
-     box)
+    boxes = annotation("bounding_boxes.txt",
+                       "'<image id> <x> <y> <width> <height>', finite, the sizes above 0", box)
 
     keys = [key for key in images if splits[key] == split]
     keys = [keys[i] for i in _spread(len(keys), limit)]
     for number, path in map(images.get, keys):
         if not os.path.isfile(root / "images" / path):
             raise DataError(f"{root / 'images' / path}: no such image (images.txt:{number})")
-    names, paths = [classes[i + 1][1]
-        for i in range(len(classes))], [images[key][1] for key in keys]
-    return Samples(names, root / "images", paths, [labels[key]
-                   for key in keys], [[boxes[key]] for key in keys], [])
+    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images",
+                   [images[key][1] for key in keys], [labels[key] for key in keys],
+                   [[boxes[key]] for key in keys], [])
 
 
 def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
@@ -259,11 +237,8 @@ def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
         return next((path for path in candidates if path.exists()), None)
 
     images = first(root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC") or root
-    mapping = first(
-    root /
-    "LOC_synset_mapping.txt",
-    root.resolve().parent /
-     "LOC_synset_mapping.txt")
+    mapping = "LOC_synset_mapping.txt"
+    mapping = first(root / mapping, root.resolve().parent / mapping)
     if mapping:
         words = {}
         for number, line in enumerate(read_text(mapping).strip().split("\n"), 1):
@@ -334,17 +309,16 @@ def read_folder(
     try:
         for row in rows:
             name, *numbers = [field.strip() for field in row] or [""]
-            if not any(row) or rows.line_num == 1 and [
-    n.lower() for n in numbers] == [
-        "xmin", "ymin", "xmax", "ymax"]:
+            header = [number.lower() for number in numbers] == ["xmin", "ymin", "xmax", "ymax"]
+            if not any(row) or rows.line_num == 1 and header:
                 continue
             name = os.path.normpath(name.replace("\\", "/"))
             try:
                 box = parse_box(*numbers)
             except ValueError:
                 raise DataError(
-    f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs path,xmin,ymin,xmax,ymax "
-    "with finite xmin < xmax, ymin < ymax") from None
+                    f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs "
+                    "path,xmin,ymin,xmax,ymax with finite xmin < xmax, ymin < ymax") from None
             if name in boxes:
                 boxes[name].append(box)
             elif not os.path.isfile(root / name):
@@ -385,16 +359,9 @@ class Pictures(Dataset):
         """
         sizes = torch.tensor([decode(self.folder / os.fsdecode(path), header_only=True)[1]
                              for path in self.paths])  # (n, 2)
-        owner = torch.arange(
-    len(self)).repeat_interleave(
-        torch.tensor(
-            np.diff(
-                self.first)))  # (boxes,)
-        cut = self.boxes.clamp(
-    min=0).minimum(
-        sizes.repeat(
-            1,
-             2)[owner])  # (boxes, 4)
+        counts = torch.tensor(np.diff(self.first))
+        owner = torch.arange(len(self)).repeat_interleave(counts)  # (boxes,)
+        cut = self.boxes.clamp(min=0).minimum(sizes.repeat(1, 2)[owner])  # (boxes, 4)
         left = (cut[:, 2:] > cut[:, :2]).all(1)
         if clipped := int((cut != self.boxes)[left].any(1).sum()):
             self.notes.append(f"{clipped} boxes reach beyond their images and are clipped")
@@ -414,15 +381,8 @@ class Pictures(Dataset):
         image, view, size = load_image(path, self.img_size, self.crop, rng)
         boxes = clip_boxes(self.boxes[self.first[index]:self.first[index + 1]], (0, 0, *size))
         boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
-        return {
-    "image": image,
-    "label": int(
-        self.labels[index]),
-        "boxes": boxes,
-        "size": size,
-        "view": view,
-        "index": index,
-         "path": str(path)}
+        return {"image": image, "label": int(self.labels[index]), "boxes": boxes, "size": size,
+                "view": view, "index": index, "path": str(path)}
 
 
 READERS = {"cub": read_cub, "ilsvrc": read_ilsvrc, "folder": read_folder}
@@ -433,9 +393,10 @@ def has_split(name: str, root: str | Path | None, split: str) -> bool:
     """Whether there is such a split: train and test always, val for the birds and for a folder with
     val/.
     """
-    has_val = name == "synthetic" or name == "folder" and bool(
-        root) and os.path.isdir(Path(root) / "val")
-    return split in ("train", "test") or split == "val" and has_val
+    if split == "val":
+        return name == "synthetic" or (
+            name == "folder" and bool(root) and os.path.isdir(Path(root) / "val"))
+    return split in ("train", "test")
 
 
 def load_dataset(
@@ -488,9 +449,8 @@ def collate(samples: list[dict]) -> dict:
 
 def _pack(samples):
     batch = collate(samples)
-    batch["counts"], batch["boxes"] = [len(boxes)
-                                           for boxes in batch["boxes"]], torch.cat(batch["boxes"])
-    # a tensor out of a worker costs a file descriptor
+    batch["counts"] = [len(boxes) for boxes in batch["boxes"]]
+    batch["boxes"] = torch.cat(batch["boxes"])  # a tensor out of a worker costs a file descriptor
     return batch
 
 

@@ -61,14 +61,8 @@ def _rgb(image: Image.Image) -> Image.Image:
     # 16-bit, 32-bit and float grey: Pillow would clip at 255
     if image.mode[0] in "IF":
         pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
-        ranges = (
-    65535,
-    ) if image.mode.startswith("I;16") else (
-        1,
-        255,
-        65535) if image.mode == "F" else (
-            255,
-             65535)
+        ranges = (1, 255, 65535) if image.mode == "F" else (255, 65535)
+        ranges = (65535,) if image.mode.startswith("I;16") else ranges
         top = next((r for r in ranges if pixels.max() <= r), pixels.max())
         image = Image.fromarray(np.clip(pixels * (255 / top), 0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -84,8 +78,8 @@ def random_view(size, img_size, rng: np.random.Generator) -> tuple[float, float,
     (width, height), (h, w) = size, img_size
     H, W = round(h * 256 / 224), round(w * 256 / 224)
     top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-    x0, y0, x1, y1 = left * width / W, top * height / \
-        H, (left + w) * width / W, (top + h) * height / H
+    x0, x1 = left * width / W, (left + w) * width / W
+    y0, y1 = top * height / H, (top + h) * height / H
     return (x1, y0, x0, y1) if rng.random() < 0.5 else (x0, y0, x1, y1)
 
 
@@ -122,18 +116,16 @@ def resize_view(picture: Image.Image, size, view, img_size) -> np.ndarray:
     """
     sx, sy = picture.width / size[0], picture.height / size[1]
     left, right = sorted((view[0], view[2]))
-    box = left * sx, view[1] * sy, min(right * sx, picture.width), min(view[3]
-                                       * sy, picture.height)  # min: rounding
+    right, bottom = min(right * sx, picture.width), min(view[3] * sy, picture.height)  # rounding
+    box = left * sx, view[1] * sy, right, bottom
     pixels = np.asarray(picture.resize(img_size[::-1], Image.Resampling.BILINEAR, box))
     return pixels[:, ::-1] if view[0] > view[2] else pixels
 
 
 def normalise(pixels: np.ndarray) -> torch.Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32."""
-    return torch.from_numpy(
-    np.ascontiguousarray(
-        pixels.transpose(
-            2, 0, 1))).float().sub_(MEAN).div_(STD)
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return torch.from_numpy(pixels).float().sub_(MEAN).div_(STD)
 
 
 def denormalise(image: torch.Tensor) -> np.ndarray:
