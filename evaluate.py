@@ -21,7 +21,6 @@ Oracles use the label's map and pick their threshold on the scored split itself:
 MaxBoxAcc and MaxBoxAccV2.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -29,6 +28,7 @@ import os
 import signal
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -44,13 +44,13 @@ from lctr import COUPLINGS, LCTR, MODEL_FLAGS, Localization, fuse, load_checkpoi
 from support import weights
 from support.boxes import (baseline_iou, box_iou, enlarge, largest_boxes, score_maps, to_image,
                            to_input)
-from support.common import (autocast, last_line, minmax, pair, progress, write_atomic, write_json,
-                            write_text)
+from support.common import (FlagError, autocast, last_line, minmax, one_line, pair, printable,
+                            progress, write_atomic, write_json, write_text)
 from support.failures import FAILURES, HIT, failure_groups, failure_kinds
 from support.figures import (Examples, draw_curve, draw_failures, draw_gallery, evenly, is_ours,
                              write_png)
 from support.flags import parse_flags as evaluate_flags
-from support.outputs import claim, find_images, printable, run_names
+from support.outputs import claim, find_images, run_names
 from support.photographs import Viewer, write_photographs
 from support.table import format_table
 
@@ -69,7 +69,6 @@ PRODUCTS = {  # which maps a coupling multiplies
 
 
 # ---------------------------------------------------------------- scoring: one forward pass
-
 
 @dataclass
 class ImageScores:
@@ -337,7 +336,6 @@ def best_threshold(scores: Scores, coupling: str) -> float:
 
 # ---------------------------------------------------------------- reports
 
-
 @torch.no_grad()
 def examine(
     model: LCTR, dataset: torch.utils.data.Dataset, indices: Sequence[int],
@@ -433,8 +431,7 @@ def save_maps(path: str | Path, scores: Scores) -> None:
 
 # ---------------------------------------------------------------- your own photographs
 
-
-def own_photographs(subject: "Subject", flags: argparse.Namespace, threshold: float) -> int:
+def own_photographs(subject: "Subject", flags: Namespace, threshold: float) -> int:
     """A picture per photograph and boxes.json; returns the exit status."""
     model, coupling = subject.model, subject.coupling
     couplings = [coupling]
@@ -461,7 +458,7 @@ def own_photographs(subject: "Subject", flags: argparse.Namespace, threshold: fl
 
 # ---------------------------------------------------------------- the script
 
-def parse_flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_flags(argv: Sequence[str] | None = None) -> Namespace:
     description = (__doc__ or "Evaluates.").split("\n\n")[0]
     return evaluate_flags(argv, description, data.DATASETS, COUPLINGS)
 
@@ -475,7 +472,7 @@ class Subject(NamedTuple):
     coupling: str
 
 
-def load(path: str, flags: argparse.Namespace) -> Subject:
+def load(path: str, flags: Namespace) -> Subject:
     """A checkpoint's model on the device; with --images a backbone without a head will do."""
     content = weights.read_weights(path) if flags.images else None
     try:
@@ -504,7 +501,7 @@ def build(num_classes: int, config: dict) -> LCTR:
     try:
         return LCTR(num_classes, **config).eval()
     except ValueError as error:
-        raise argparse.ArgumentError(None, f"--img-size: {error}") from None
+        raise FlagError(f"--img-size: {error}") from None
 
 
 def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tuple[LCTR, dict]:
@@ -525,28 +522,28 @@ def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tupl
     return model, {"classes": [], "phase": "external", "config": config}
 
 
-def check_subject(subject: Subject, flags: argparse.Namespace) -> None:
+def check_subject(subject: Subject, flags: Namespace) -> None:
     """What flags ask of a checkpoint that it does not have."""
     path, model, checkpoint, coupling = subject
     if coupling not in couplings_of(model):
-        raise argparse.ArgumentError(None, f"--coupling: {path} has a {model.head_type} head, "
+        raise FlagError(f"--coupling: {path} has a {model.head_type} head, "
                                      f"whose couplings are {', '.join(couplings_of(model))}")
     if flags.crop and flags.crop < max(model.img_size):
-        raise argparse.ArgumentError(None, f"--crop: got {flags.crop}, need at least "
+        raise FlagError(f"--crop: got {flags.crop}, need at least "
                                      f"{max(model.img_size)}, the side of {path}'s input")
     if flags.threshold is None:
         own_threshold(subject)
     name, root = data_source(flags, checkpoint)
     if name is None and (not flags.images or flags.threshold == "auto"):
-        raise argparse.ArgumentError(None, f"--data: missing, {path} names no data set")
+        raise FlagError(f"--data: missing, {path} names no data set")
     if name and name != "synthetic" and root is None and not flags.images:
-        raise argparse.ArgumentError(None, f"--root: {name} needs the data set's folder")
+        raise FlagError(f"--root: {name} needs the data set's folder")
     if flags.threshold == "auto" and not data.has_split(name, root, "val"):
-        raise argparse.ArgumentError(
-            None, f"--threshold: auto needs a val split, {name} has none: give a number")
+        raise FlagError(
+            f"--threshold: auto needs a val split, {name} has none: give a number")
 
 
-def data_source(flags: argparse.Namespace, checkpoint: dict) -> tuple[str | None, str | None]:
+def data_source(flags: Namespace, checkpoint: dict) -> tuple[str | None, str | None]:
     """The data set's name and folder: the flags', else the checkpoint's own."""
     config = checkpoint["config"]
     name = flags.data or config.get("data")
@@ -554,7 +551,7 @@ def data_source(flags: argparse.Namespace, checkpoint: dict) -> tuple[str | None
     return name, flags.root or (config.get("root") if same else None)
 
 
-def load_split(subject: Subject, flags: argparse.Namespace, split: str) -> torch.utils.data.Dataset:
+def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.data.Dataset:
     """A split of the checkpoint's data set unless flags say otherwise; classes must be equal."""
     known, (name, root) = subject.checkpoint["classes"], data_source(flags, subject.checkpoint)
     trained_on = known if subject.checkpoint["phase"] == "main" else None  # needs no train/ folder
@@ -576,7 +573,7 @@ def load_split(subject: Subject, flags: argparse.Namespace, split: str) -> torch
     return dataset
 
 
-def choose_threshold(subject: Subject, flags: argparse.Namespace) -> tuple[float, str]:
+def choose_threshold(subject: Subject, flags: Namespace) -> tuple[float, str]:
     """The threshold and where it came from."""
     if flags.threshold == "auto":
         val_set = load_split(subject, flags, "val")
@@ -602,7 +599,7 @@ def own_threshold(subject: Subject) -> float | None:
     return own
 
 
-def evaluate(flags: argparse.Namespace) -> int:
+def evaluate(flags: Namespace) -> int:
     """Everything that the flags ask for; returns the exit status."""
     subjects = [load(path, flags) for path in flags.checkpoint]
     for subject in subjects:
@@ -671,22 +668,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return evaluate(flags)
-    except argparse.ArgumentError as error:  # a flag that does not fit what the checkpoint holds
-        print(f"evaluate.py: error: {printable(error)}", file=sys.stderr)
-        return 2
-    except (ValueError, RuntimeError) as error:
-        message = printable(str(error).splitlines()[0] if str(error) else type(error).__name__)
-        print(f"evaluate.py: error: {message}", file=sys.stderr)
-        return 2 if message.startswith("--") else 1
     except BrokenPipeError:  # such as by | head: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except OSError as error:
-        file = Path(os.fspath(error.filename or flags.out))
-        if file.name.endswith(".partial"):  # write_atomic's temporary file
-            file = file.with_name(file.name[1:].removesuffix(".partial"))
-        print(f"evaluate.py: error: {printable(file)}: {error.strerror or error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("evaluate.py: stopped", file=sys.stderr)
+    except (OSError, ValueError, RuntimeError) as error:
+        line = one_line(error, flags.out)
+        print(f"evaluate.py: error: {line}", file=sys.stderr)
+        return 2 if line.startswith("--") else 1  # a flag's fault, or a file's
     return 1
 
 

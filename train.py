@@ -14,13 +14,13 @@ sample): neither --workers, nor a stop and --resume, nor the number of processes
 """
 
 import contextlib
-import functools
 import math
 import os
 import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,11 +32,11 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from lctr import ARCHITECTURES, HEADS, LCTR, MODEL_FLAGS, load_checkpoint, load_pretrained
-from support.common import (autocast, choose_amp, last_line, open_device, progress, write_atomic,
-                            write_json)
+from support.common import (FlagError, autocast, one_line, progress, write_atomic, write_json)
 from support.figures import draw_loss, write_png
-from support.runs import (PHASES, FlagError, Stop, adopt, check_data, cut_log, find_saved, lock,
-                          log, process, read_log, say, tell_time, write_checkpoint)
+from support.runs import (PHASES, Stop, adopt, check_data, check_finite, count_stuck,
+                          cut_log, find_saved, load_data, lock, log, log_epoch, process, read_log,
+                          restore, say, say_plan, score_spread, write_checkpoint)
 from support.train_flags import read_flags
 from support.weights import read_weights
 
@@ -59,61 +59,57 @@ RECIPES = {
 }
 GATE_RATE = 0.02  # of the head's rate: the layers that score the CDM's kernels; lctr.CDM says why
 LOG_EVERY = 10  # steps
-SCORES_STUCK = 20  # logged steps with a mean score below .01 or above .99
+NOTHING = {"loss": 0.0, "right": 0, "steps": 0}  # an epoch's sums, at its start
 
 
 # ---------------------------------------------------------------- flags
-
-
-def parse_flags(argv: list[str] | None = None) -> Namespace:
-    """The command line with every default filled in; one line and status 2 if a flag is wrong."""
-    flags, parser = read_flags(argv, RECIPES, ARCHITECTURES)
-    recipe, frozen = dict(RECIPES[flags.data]), flags.freeze_blocks
-    if flags.arch or recipe["arch"]:
-        recipe["arch"] = flags.arch or recipe["arch"]
-        recipe |= zip(("embed_dim", "depth", "num_heads"), ARCHITECTURES[recipe["arch"]])
-    for name, value in recipe.items():
-        if getattr(flags, name) is None:
-            setattr(flags, name, value)
-    if flags.freeze_blocks is None:
-        flags.freeze_blocks = flags.depth // 2 if flags.pretrained else 0
-    if frozen is None:
-        flags.freeze_blocks = min(flags.freeze_blocks, flags.depth)
-    if flags.freeze_blocks > flags.depth:
-        parser.error(f"--freeze-blocks: got {frozen}, the model has {flags.depth} blocks")
-    if flags.data == "synthetic" and flags.root:
-        parser.error("--root: the synthetic birds are drawn, not read: leave it out or give --data")
-    if flags.data != "synthetic" and not flags.root:
-        parser.error(f"--root: missing, --data {flags.data} needs its folder")
-    if flags.batch_size < (parts := int(os.environ.get("WORLD_SIZE", 1)) * flags.accumulate):
-        parser.error(f"--batch-size: {flags.batch_size} images do not split into {parts} parts")
-    try:
-        device = open_device(flags.device)
-    except ValueError as error:
-        parser.error(f"--device: {error}")
-    try:
-        with torch.device("meta"):
-            build(vars(flags), num_classes=2)
-    except ValueError as error:
-        parser.error(f"--{str(error).replace('_', '-', 1)}")
-    flags.device, flags.amp = str(device), choose_amp(flags.amp, device)
-    if flags.workers is None:
-        in_memory = device.type == "cpu" or flags.data == "synthetic"
-        flags.workers = 0 if in_memory else min(8, os.cpu_count() or 1)
-    flags.out = flags.out or f"runs/{flags.data}-{flags.head}-seed{flags.seed}"
-    return flags
-
 
 def build(config: dict, num_classes: int, **changes) -> LCTR:
     return LCTR(num_classes, **{flag: config[flag] for flag in MODEL_FLAGS} | changes)
 
 
+def parse_flags(argv: list[str] | None = None) -> Namespace:
+    """The command line with every default filled in; one line and status 2 if a flag is wrong."""
+    flags, parser = read_flags(argv, RECIPES, ARCHITECTURES)
+    try:
+        with torch.device("meta"):
+            build(vars(flags), num_classes=2)
+    except ValueError as error:
+        parser.error(f"--{str(error).replace('_', '-', 1)}")
+    return flags
+
+
 # ---------------------------------------------------------------- schedule and optimizer
+
+class Plan(NamedTuple):
+    """What a phase does: `total` steps of `batch_size` images, over all processes."""
+
+    batch_size: int
+    epoch_steps: int
+    total: int
+    warmup: float  # steps
+    peak: float  # learning rate
+
+
+def plan_phase(phase: str, images: int, config: dict) -> Plan:
+    """A data set smaller than a batch is one batch; an incomplete last batch is left out.
+
+    Raises FlagError where a batch does not split into micro-batches.
+    """
+    batch_size, parts = min(config["batch_size"], images), process()[1] * config["accumulate"]
+    if batch_size < parts:
+        raise FlagError(f"--batch-size: {batch_size} images do not split into {parts} parts")
+    prefix, epoch_steps = "" if phase == "main" else "pretrain_", images // batch_size
+    total = epoch_steps * config[f"{prefix}epochs"]
+    if phase == "main":
+        total = min(total, config["max_steps"] or total)
+    warmup = min(config["warmup_epochs"] * epoch_steps, total / 10)
+    return Plan(batch_size, epoch_steps, total, warmup, config[f"{prefix}lr"])
 
 
 def folder_epochs(images: int, batch_size: int) -> int:
     """Epochs for a folder: about 6 sqrt(n) steps, 60 at 100 pictures and 424 at 5,000."""
-    return max(1, round(6 * math.sqrt(images) / (images // batch_size)))
+    return max(1, round(6 * math.sqrt(images) / (images // min(images, batch_size))))
 
 
 def epoch_batches(samples: int, batch_size: int, *key: int) -> list[list[int]]:
@@ -161,27 +157,33 @@ def adamw(model: LCTR, weight_decay: float, layer_decay: float, frozen: int) -> 
 
 # ---------------------------------------------------------------- one step
 
+def shares(items: np.ndarray | list, config: dict) -> list[np.ndarray]:
+    """This process's micro-batches of a batch's items."""
+    (rank, world), count = process(), config["accumulate"]
+    return np.array_split(items, world * count)[rank * count:(rank + 1) * count]
+
 
 def loss_sum(logits: Tensor, batch: dict, num_classes: int, smoothing: float) -> Tensor:
     """Eq. 2 summed over images; columns beyond the classes are the birds' palette."""
-    cross_entropy = functools.partial(
-        F.cross_entropy, reduction="sum", label_smoothing=smoothing)
-    loss = cross_entropy(logits[:, :num_classes], batch["label"])
+    options = {"reduction": "sum", "label_smoothing": smoothing}
+    loss = F.cross_entropy(logits[:, :num_classes], batch["label"], **options)
     if logits.shape[1] > num_classes:
-        loss = loss + cross_entropy(logits[:, num_classes:], batch["palette"])
+        loss = loss + F.cross_entropy(logits[:, num_classes:], batch["palette"], **options)
     return loss
 
 
-def gradients(parallel, stream, noises: list, num_classes: int, batch_size: int, config: dict,
-              scaler) -> tuple[Tensor, list[str]]:
+def gradients(parallel, optimizer, scaler, stream, noise: np.ndarray, num_classes: int,
+              config: dict, asked: bool) -> tuple[dict, int, bool, list[str]]:
     """What one step computes: the gradient of Eq. 2's mean over the batch, by micro-batches.
 
-    Returns this process's sums over images, in float64: the loss's share, right classes, and of
-    each of the G scores its value and its square; and the images' paths.
+    noise (batch, L, 2): stochastic depth's. Returns, over all processes, what the log needs, how
+    many images were classified right and whether any process was asked to stop; and the paths of
+    this process's images.
     """
-    device, (_, world) = torch.device(config["device"]), process()
-    sums, paths = 0, []
-    for i, noise in enumerate(noises, 1):
+    device, (_, world), batch_size = torch.device(config["device"]), process(), len(noise)
+    model, noises = getattr(parallel, "module", parallel), shares(noise, config)
+    sums, paths = 0, []  # in float64: the loss, right images, each score and its square
+    for i, part_noise in enumerate(noises, 1):
         batch = {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
                  for key, value in next(stream).items()}
         paths += batch["path"]
@@ -189,129 +191,89 @@ def gradients(parallel, stream, noises: list, num_classes: int, batch_size: int,
         alone = parallel.no_sync() if world > 1 and i < len(noises) else contextlib.nullcontext()
         with alone:
             with autocast(device, config["amp"]):
-                logits = parallel(batch["image"], torch.from_numpy(noise).to(device))
+                logits = parallel(batch["image"], torch.from_numpy(part_noise).to(device))
                 loss = loss_sum(logits, batch, num_classes, config["label_smoothing"]) / batch_size
             scaler.scale(loss * world).backward()  # DDP takes the mean over processes
         right = (logits[:, :num_classes].argmax(1) == batch["label"]).sum()
         part = [torch.stack([loss.detach().double(), right.double()])]
-        cdm = getattr(getattr(parallel, "module", parallel), "cdm", None)
-        if cdm is not None:
-            scores = cdm.last_scores.double()  # (micro-batch, G)
+        if hasattr(model, "cdm"):
+            scores = model.cdm.last_scores.double()  # (micro-batch, G)
             part += [scores.sum(0), scores.square().sum(0)]
         sums = sums + torch.cat(part)
-    return sums, paths
-
-
-def score_spread(sums: list[float], images: int) -> dict:
-    """Of the scores' sums and squares (2G): mean over images and kernels, spread over images."""
-    mean, square = np.array(sums).reshape(2, -1) / images
-    spread = np.sqrt(np.maximum(square - mean**2, 0))
-    return {"score_mean": float(mean.mean()), "score_std": float(spread.mean())}
+    scaler.unscale_(optimizer)
+    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
+    if config["clip_grad"]:
+        torch.nn.utils.clip_grads_with_norm_(trained, config["clip_grad"], norm)
+    sums = torch.cat([sums, sums.new_full((1,), asked)])
+    if world > 1:
+        dist.all_reduce(sums)
+    loss, right, *scores, asked = sums.tolist()
+    found = {"loss": loss, "grad_norm": norm.item(), **score_spread(scores, batch_size)}
+    return found, int(right), bool(asked), paths
 
 
 # ---------------------------------------------------------------- one phase of training
 
-
-def restore(saved: dict, model: LCTR, optimizer, scaler) -> tuple[int, dict, dict]:
-    """Puts a checkpoint's state back; returns its step, its metrics and its epoch's sums."""
-    try:
-        model.load_state_dict(saved["model"])
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ValueError("weights that are not finite")
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        return int(saved["step"]), dict(saved["metrics"]), dict(saved["running"])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{saved['path']}: cannot go on from its state: {last_line(error)}") from None
+def epoch_stream(train_set, plan: Plan, key: tuple, done: int, config: dict):
+    """This process's micro-batches of an epoch, from its step `done` on; key: of its shuffling."""
+    batches = epoch_batches(len(train_set), plan.batch_size, *key)[done:]
+    lists = [part.tolist() for batch in batches for part in shares(batch, config)]
+    return iter(data.loader(train_set, lists, config["workers"]))
 
 
-def classify(model: LCTR, dataset, config: dict) -> float:
-    """Top-1 accuracy in percent."""
-    scores = evaluate.score(model, dataset, couplings=(), device=config["device"],
-                            workers=config["workers"], amp=config["amp"])
-    return evaluate.summarise(scores, evaluate.DEFAULT_THRESHOLD)["top1_cls"]
+def score(model: LCTR, dataset, config: dict, **options) -> evaluate.Scores:
+    return evaluate.score(model, dataset, device=config["device"], workers=config["workers"],
+                          amp=config["amp"], **options)
 
 
 def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict | None,
-        stop: Stop, scored: int = 0) -> None:
+        stop: Stop, later: float) -> None:
     """Trains one phase, from `saved` on where given; leaves last.pt and best.pt.
 
-    scored: how many images are evaluated afterwards, for the estimate of the time.
+    later: what follows the phase, in steps, for the estimates of time.
     """
-    # sizes: of batches, of their micro-batches, of the run
+    # plan, optimizer, and where a checkpoint stood
     out, device, (rank, world) = Path(config["out"]), torch.device(config["device"]), process()
-    parts = world * config["accumulate"]  # of a batch; this process computes `mine`
-    mine = slice(rank * config["accumulate"], (rank + 1) * config["accumulate"])
-    batch_size = min(config["batch_size"], len(train_set))
-    if batch_size < parts:
-        raise FlagError(f"--batch-size: {batch_size} images do not split into {parts} parts")
-    epoch_steps = len(train_set) // batch_size
-    main, prefix = phase == "main", "" if phase == "main" else "pretrain_"
-    total, peak = epoch_steps * config[f"{prefix}epochs"], config[f"{prefix}lr"]
-    total = min(total, config["max_steps"] or total) if main else total
-    warmup = min(config["warmup_epochs"] * epoch_steps, total / 10)
-
-    # optimizer, and the state that a checkpoint holds
+    plan, main = plan_phase(phase, len(train_set), config), phase == "main"
     rates = (config["layer_decay"], config["freeze_blocks"]) if main else (1.0, 0)
     optimizer = adamw(model, config["weight_decay"], *rates)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
-    step, metrics, running = 0, {}, {"loss": 0.0, "right": 0, "steps": 0}
+    first, metrics, running = 0, {}, NOTHING
     if saved:
-        step, metrics, running = restore(saved, model, optimizer, scaler)
+        first, metrics, running = restore(saved, model, optimizer, scaler)
     if config["compile"]:
         model.compile()
     parallel = DistributedDataParallel(model) if world > 1 else model
-    say(f"{phase}: {len(train_set)} images, {total} steps of {batch_size} images ({world} "
-        f"processes x {config['accumulate']} micro-batches), learning rate {peak:g} after "
-        f"{warmup:.0f} steps, amp {config['amp']}, on {device}"
-        + f", from step {step}" * bool(step))
+    say_plan(phase, plan, len(train_set), first, config)
 
     def checkpoint(name: str) -> None:
         state = {"model": model.state_dict(), "config": config, "classes": train_set.classes,
-                 "phase": phase, "epoch": step // epoch_steps, "step": step, "metrics": metrics}
+                 "phase": phase, "epoch": step // plan.epoch_steps, "step": step,
+                 "metrics": metrics}
         if name == "last.pt":  # and what resuming needs
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                       "rng": torch.get_rng_state(), "running": running,
                       "data": {"images": len(train_set), "digest": data.digest(train_set)}}
         write_checkpoint(out / name, state)
 
-    stream, stuck, started, first = None, 0, time.perf_counter(), step
+    stream, stuck, started = None, 0, time.perf_counter()
     stop.in_steps = True
-    for step in progress(range(step + 1, total + 1), phase, show=rank == 0):  # counted from 1
-        # this epoch's batches, from this step on
-        epoch, done = divmod(step - 1, epoch_steps)
+    for step in progress(range(first + 1, plan.total + 1), phase, rank == 0, later):  # from 1
+        # this step's rate, and the gradient of its batch
+        lr = learning_rate(step - 1, plan.total, plan.warmup, plan.peak)
+        epoch, done = divmod(step - 1, plan.epoch_steps)
         key = (config["seed"], PHASES.index(phase), epoch)
         if stream is None or done == 0:
             train_set.epoch = epoch + (config["pretrain_epochs"] if main else 0)
-            batches = epoch_batches(len(train_set), batch_size, *key)[done:done + total - step + 1]
-            lists = [part.tolist() for batch in batches
-                     for part in np.array_split(batch, parts)[mine]]
-            stream = iter(data.loader(train_set, lists, config["workers"]))
+            stream = epoch_stream(train_set, plan, key, done, config)
             model.train()
-
-        # the gradient, over all processes
-        lr = learning_rate(step - 1, total, warmup, peak)
         noise = np.random.default_rng((*key, step - 1)).random(
-            (batch_size, config["depth"], 2), np.float32)
-        sums, paths = gradients(parallel, stream, np.array_split(noise, parts)[mine],
-                                len(train_set.classes), batch_size, config, scaler)
-        scaler.unscale_(optimizer)
-        trained = [p for p in model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-        if config["clip_grad"]:
-            torch.nn.utils.clip_grads_with_norm_(trained, config["clip_grad"], norm)
-        sums = torch.cat([sums, sums.new_full((1,), stop.asked)])
-        if world > 1:
-            dist.all_reduce(sums)
-        loss, right, *scores, asked = sums.tolist()
-        norm = norm.item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            kept = f"the last good state stays in {out / 'last.pt'}; " * (out / "last.pt").exists()
-            raise FloatingPointError(
-                f"{phase} step {step}: loss {loss}, gradient norm {norm}, learning rate {lr:.3g}: "
-                f"not finite; {kept}images of this batch: {', '.join(paths)}")
+            (plan.batch_size, config["depth"], 2), np.float32)
+        found, right, asked, paths = gradients(
+            parallel, optimizer, scaler, stream, noise, len(train_set.classes), config, stop.asked)
+        found["lr"] = lr
+        check_finite(found, f"{phase} step {step}", out / "last.pt", paths, scaler.is_enabled())
 
         # the step
         for group in optimizer.param_groups:
@@ -319,44 +281,29 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        running = {"loss": running["loss"] + loss, "right": running["right"] + int(right),
+        running = {"loss": running["loss"] + found["loss"], "right": running["right"] + right,
                    "steps": running["steps"] + 1}
 
-        # what is said and logged
+        # what is said, logged and saved
+        rate = plan.batch_size * (step - first) / (time.perf_counter() - started)  # images a second
         if step == first + 2:
-            tell_time(time.perf_counter() - started, total - step, batch_size, scored)
-        if step % LOG_EVERY == 0 or step == total:
-            spread = score_spread(scores, batch_size) if scores else {}
-            log(out, {"phase": phase, "epoch": epoch, "step": step, "loss": loss, "lr": lr,
-                      "grad_norm": norm, **spread, "images_per_s":
-                      batch_size * (step - first) / (time.perf_counter() - started)})
-            dead = spread and not 0.01 <= spread["score_mean"] <= 0.99
-            stuck = stuck + 1 if dead else 0
-            if stuck == SCORES_STUCK:
-                say("note: the CDM's scores are stuck at 0 or 1, so its kernels no longer differ "
-                    "between images: a smaller --lr helps")
-
-        # the epoch's end: mean loss, accuracy on val, checkpoints
-        best = main and step == total and not val_set
-        if step % epoch_steps == 0 or step == total:
-            images = running["steps"] * batch_size
-            entry = {"phase": phase, "epoch": epoch, "step": step,
-                     "mean_loss": running["loss"] / running["steps"],
-                     "train_top1": 100 * running["right"] / images}
-            running = {"loss": 0.0, "right": 0, "steps": 0}
-            if main and val_set and ((epoch + 1) % config["eval_every"] == 0 or step == total):
-                stop.in_steps = False
-                top1 = classify(model, val_set, config)
+            minutes = plan.batch_size * (plan.total - step + later) / rate / 60
+            say(f"{rate:.3g} images/s: about {minutes:.1f} minutes to go, evaluation included")
+        if step % LOG_EVERY == 0 or step == plan.total:
+            log(out, {"phase": phase, "epoch": epoch, "step": step, **found, "images_per_s": rate})
+            stuck = count_stuck(found, stuck)
+        if step % plan.epoch_steps == 0 or step == plan.total:
+            top1, best = None, main and not val_set and step == plan.total
+            if val_set and ((epoch + 1) % config["eval_every"] == 0 or step == plan.total):
+                stop.in_steps = False  # Ctrl-C ends an evaluation at once
+                scores = score(model, val_set, config, couplings=())
                 stop.in_steps = True
+                top1 = evaluate.summarise(scores, evaluate.DEFAULT_THRESHOLD)["top1_cls"]
                 best = top1 >= metrics.get("best_top1_cls", 0)
-                metrics = {"top1_cls": top1,
-                           "best_top1_cls": max(top1, metrics.get("best_top1_cls", 0))}
-                entry["val_top1_cls"] = top1
-            log(out, entry)
-            text = f"{phase} epoch {epoch + 1}: step {step}, mean loss {entry['mean_loss']:.3f}, "
-            text += (f"val top-1 accuracy {metrics['top1_cls']:.1f} %" if "top1_cls" in metrics
-                     else f"training accuracy {entry['train_top1']:.1f} %")
-            say(text)
+                record = top1 if best else metrics["best_top1_cls"]
+                metrics = {"top1_cls": top1, "best_top1_cls": record}
+            log_epoch(out, phase, epoch, step, running, plan.batch_size, top1)
+            running = NOTHING
             if best:
                 checkpoint("best.pt")
             checkpoint("last.pt")
@@ -370,35 +317,18 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
 
 # ---------------------------------------------------------------- the whole run
 
-
-def load_data(flags: Namespace, has_val: bool) -> list:
-    """The train, val and test sets, val None where there is none; their notes are printed."""
-    load = functools.partial(
-        data.load_dataset, flags.data, flags.root, img_size=flags.img_size, seed=flags.seed)
-    sets = [load(split="train", limit=flags.limit_train),
-            load(split="val", limit=flags.limit_test) if has_val else None,
-            load(split="test", limit=flags.limit_test)]
-    for note in dict.fromkeys(note for split in sets if split for note in split.notes):
-        say(f"note: {note}")
-    if len(sets[0].classes) < 2:
-        raise ValueError(f"{flags.root or flags.data}: one class alone teaches nothing: need two")
-    return sets
-
-
 def finish(config: dict, val_set, test_set) -> None:
     """Evaluates best.pt at the chosen threshold and writes the report."""
-    out, device = Path(config["out"]), torch.device(config["device"])
+    out = Path(config["out"])
     model, best = load_checkpoint(out / "best.pt")
-    model = model.to(device)
-    score = functools.partial(evaluate.score, model, device=device, workers=config["workers"],
-                              amp=config["amp"])
+    model = model.to(config["device"])
     coupling, threshold = evaluate.default_coupling(model), config["threshold"]
     if threshold == "auto":
-        val_scores = score(val_set, couplings=(coupling,))
+        val_scores = score(model, val_set, config, couplings=(coupling,))
         threshold = evaluate.DEFAULT_THRESHOLD
         if val_scores.annotated.any():
             threshold = evaluate.best_threshold(val_scores, coupling)
-    scores = score(test_set, threshold=threshold)
+    scores = score(model, test_set, config, threshold=threshold)
     best["metrics"] = {**best["metrics"], "threshold": threshold}
     write_checkpoint(out / "best.pt", best)
     if process()[0] == 0:
@@ -430,12 +360,13 @@ def train(flags: Namespace, stop: Stop) -> None:
 
         # the data, and whether the checkpoint was trained on it
         train_set, val_set, test_set = load_data(flags, has_val)
-        classes, batch_size = len(train_set.classes), min(flags.batch_size, len(train_set))
+        classes = len(train_set.classes)
         if saved:
             check_data(saved, train_set.classes, len(train_set), data.digest(train_set))
         if config["epochs"] is None:
-            config["epochs"] = folder_epochs(len(train_set), batch_size)
+            config["epochs"] = folder_epochs(len(train_set), flags.batch_size)
             say(f"{len(train_set)} training pictures: {config['epochs']} epochs (--epochs)")
+        main_phase = plan_phase("main", len(train_set), config)
         if not out.is_dir():
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(out))
@@ -447,6 +378,8 @@ def train(flags: Namespace, stop: Stop) -> None:
 
         # pretraining with a "token" head, then the main phase on its backbone
         device, backbone = torch.device(flags.device), {}
+        scored = len(test_set) + (len(val_set) if val_set else 0)
+        later = scored / 2 / main_phase.batch_size  # an image scored costs half of one trained on
 
         def start(head: str, outputs: int) -> LCTR:
             torch.manual_seed(flags.seed)
@@ -461,14 +394,13 @@ def train(flags: Namespace, stop: Stop) -> None:
         if flags.pretrain_epochs and not (saved and saved["phase"] == "main"):
             birds = flags.data == "synthetic" and flags.palette_label
             model = start("token", classes + (train_set.num_palettes if birds else 0))
-            fit(model, "pretrain", train_set, None, config, saved, stop)
+            fit(model, "pretrain", train_set, None, config, saved, stop, main_phase.total + later)
             if process()[0] == 0:
                 content = (out / "last.pt").read_bytes()
                 write_atomic(out / "pretrained.pt", lambda file: file.write(content))
             saved, backbone = None, {name: value for name, value in model.state_dict().items()
                                      if not name.startswith(HEADS)}
-        scored = len(test_set) + (len(val_set) if val_set else 0)
-        fit(start(flags.head, classes), "main", train_set, val_set, config, saved, stop, scored)
+        fit(start(flags.head, classes), "main", train_set, val_set, config, saved, stop, later)
         finish(config, val_set, test_set)
 
 
@@ -488,15 +420,9 @@ def main(argv: list[str] | None = None) -> None:
                    else "nothing was saved yet")
             print(f"train.py: interrupted: {how}", file=sys.stderr)
             sys.exit(130)
-        except FlagError as error:
-            print(f"train.py: error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except OSError as error:
-            reason = f"{error.filename or flags.out}: {error.strerror or error}"
-            sys.exit(f"train.py: error: {reason}")
-        except (ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
-            line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            sys.exit(f"train.py: error: {line}")
+        except (OSError, ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
+            print(f"train.py: error: {one_line(error, flags.out)}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, FlagError) else 1)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,26 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
 
 
+def printable(text: object) -> str:
+    """One line that any terminal shows: what it cannot is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in str(text))
+
+
+def one_line(error: BaseException, folder: str | Path) -> str:
+    """What a script says of an error before it ends; folder: where it was writing."""
+    if isinstance(error, OSError):
+        file = Path(os.fspath(error.filename or folder))
+        if file.name.endswith(".partial"):  # write_atomic's temporary file
+            file = file.with_name(file.name[1:].removesuffix(".partial"))
+        return f"{printable(file)}: {error.strerror or error}"
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+class FlagError(ValueError):
+    """A flag does not fit the data or the checkpoint: status 2."""
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -73,10 +93,11 @@ def write_json(path: str | Path, content: object) -> None:
 # ---------------------------------------------------------------- progress
 
 
-def progress(items: Sequence, label: str, show: bool = True) -> Iterator:
+def progress(items: Sequence, label: str, show: bool = True, later: float = 0) -> Iterator:
     """Passes items through and says on standard error how many are done, rate and time left.
 
-    On a terminal that is one line that overwrites itself; elsewhere a plain line every 30 s.
+    later: what the script does after them, in items; the time left includes it. On a terminal
+    that is one line that overwrites itself; elsewhere a plain line every 30 s.
     """
     total, started = len(items), time.monotonic()
     terminal, reported = sys.stderr.isatty(), started
@@ -88,7 +109,8 @@ def progress(items: Sequence, label: str, show: bool = True) -> Iterator:
             continue
         reported = now
         rate = done / max(now - started, 1e-9)
-        left = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - started:.0f} s"
+        left = f"{(total - done + later) / rate:.0f} s left"
+        left = left if done < total else f"{now - started:.0f} s"
         text = f"{label}: {done}/{total}, {rate:.3g}/s, {left}"
         end = "" if terminal and done < total else "\n"
         print(f"\r\033[K{text}" if terminal else text, end=end, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from support.common import write_json
+from support.common import printable, write_json
 from support.figures import is_ours
 
 MANIFEST = "manifest.json"  # in each folder of outputs: {"written_by", "files"}
@@ -47,12 +47,6 @@ def claim(folders: dict[Path, Sequence[str]], inputs: Sequence[Path] = ()) -> No
             write_json(out / MANIFEST, {"written_by": WRITTEN_BY, "files": files})
         except OSError as error:
             raise ValueError(f"--out: {printable(out)}: {error.strerror or error}") from None
-
-
-def printable(text: object) -> str:
-    """One line that any terminal shows: what it cannot is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in str(text))
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:

@@ -2,23 +2,25 @@
 
 import contextlib
 import fcntl
+import functools
 import json
+import math
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from support.common import write_atomic
+import data
+from support.common import last_line, write_atomic
 from support.weights import read_weights
 
 PHASES = ("pretrain", "main")
+SCORES_STUCK = 20  # logged steps with a mean score below .01 or above .99
 FREE_FLAGS = ("out", "workers", "device", "eval_every", "checkpoint_every", "resume")  # may change
-
-
-class FlagError(ValueError):
-    """A flag does not fit the data: status 2."""
 
 
 # ---------------------------------------------------------------- processes and signals
@@ -65,15 +67,20 @@ class Stop:
             print("stopping after this step; Ctrl-C again: now", file=sys.stderr, flush=True)
 
 
-def tell_time(seconds: float, steps: int, batch_size: int, scored: int) -> None:
-    """After two steps that took `seconds`: the rate, and how long the phase will take.
+# ---------------------------------------------------------------- the data
 
-    An image that is scored costs about half of one that is trained on.
-    """
-    rate = 2 * batch_size / seconds
-    minutes = (steps * batch_size + scored / 2) / rate / 60
-    evaluation = ", evaluation included" if scored else ""
-    say(f"{rate:.3g} images/s: about {minutes:.1f} minutes to go{evaluation}")
+def load_data(flags: Namespace, has_val: bool) -> list:
+    """The train, val and test sets, val None where there is none; their notes are printed."""
+    load = functools.partial(
+        data.load_dataset, flags.data, flags.root, img_size=flags.img_size, seed=flags.seed)
+    sets = [load(split="train", limit=flags.limit_train),
+            load(split="val", limit=flags.limit_test) if has_val else None,
+            load(split="test", limit=flags.limit_test)]
+    for note in dict.fromkeys(note for split in sets if split for note in split.notes):
+        say(f"note: {note}")
+    if len(sets[0].classes) < 2:
+        raise ValueError(f"{flags.root or flags.data}: one class alone teaches nothing: need two")
+    return sets
 
 
 # ---------------------------------------------------------------- one writer
@@ -112,6 +119,59 @@ def log(out: Path, entry: dict) -> None:
     if process()[0] == 0:
         with open(out / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def say_plan(phase: str, plan, images: int, first: int, config: dict) -> None:
+    say(f"{phase}: {images} images, {plan.total} steps of {plan.batch_size} images "
+        f"({process()[1]} processes x {config['accumulate']} micro-batches), learning rate "
+        f"{plan.peak:g} after {plan.warmup:.0f} steps, amp {config['amp']}, on {config['device']}"
+        + f", from step {first}" * bool(first))
+
+
+def log_epoch(out: Path, phase: str, epoch: int, step: int, running: dict,
+              batch_size: int, val_top1: float | None) -> None:
+    """Logs and says an epoch's mean loss and accuracy: on val, where it was measured."""
+    entry = {"phase": phase, "epoch": epoch, "step": step,
+             "mean_loss": running["loss"] / running["steps"],
+             "train_top1": 100 * running["right"] / (running["steps"] * batch_size)}
+    accuracy = f"training accuracy {entry['train_top1']:.1f} %"
+    if val_top1 is not None:
+        entry["val_top1_cls"] = val_top1
+        accuracy += f", val top-1 accuracy {val_top1:.1f} %"
+    log(out, entry)
+    say(f"{phase} epoch {epoch + 1}: step {step}, mean loss {entry['mean_loss']:.3f}, {accuracy}")
+
+
+def score_spread(sums: list[float], images: int) -> dict:
+    """Of the scores' sums and squares (2G): mean over images and kernels, spread over images."""
+    if not sums:
+        return {}
+    mean, square = np.array(sums).reshape(2, -1) / images
+    spread = np.sqrt(np.maximum(square - mean**2, 0))
+    return {"score_mean": float(mean.mean()), "score_std": float(spread.mean())}
+
+
+def count_stuck(found: dict, stuck: int) -> int:
+    """How many logged steps in a row the mean score was at an end; says so once."""
+    if 0.01 <= found.get("score_mean", 0.5) <= 0.99:
+        return 0
+    if stuck + 1 == SCORES_STUCK:
+        say("note: the CDM's scores are stuck at 0 or 1, so its kernels no longer differ "
+            "between images: a smaller --lr helps")
+    return stuck + 1
+
+
+def check_finite(found: dict, where: str, last: Path, paths: list[str], scaled: bool) -> None:
+    """Raises FloatingPointError for a loss or gradient that is no number.
+
+    scaled: fp16's scaler leaves out a step whose gradient overflows, so that one may pass.
+    """
+    if math.isfinite(found["loss"]) and (math.isfinite(found["grad_norm"]) or scaled):
+        return
+    kept = f"the last good state stays in {last}; " * last.exists()
+    raise FloatingPointError(
+        f"{where}: loss {found['loss']}, gradient norm {found['grad_norm']}, learning rate "
+        f"{found['lr']:.3g}: not finite; {kept}images of this batch: {', '.join(paths)}")
 
 
 def read_log(out: Path) -> list[dict]:
@@ -169,6 +229,21 @@ def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | Non
     if differences:
         raise ValueError(f"--resume: flags differ from those of {path}: {'; '.join(differences)}")
     return saved | {"path": path}
+
+
+def restore(saved: dict, model, optimizer, scaler) -> tuple[int, dict, dict]:
+    """Puts a checkpoint's state back; returns its step, its metrics and its epoch's sums."""
+    try:
+        model.load_state_dict(saved["model"])
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError("weights that are not finite")
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+        return int(saved["step"]), dict(saved["metrics"]), dict(saved["running"])
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{saved['path']}: cannot go on from its state: {last_line(error)}") from None
 
 
 def check_data(saved: dict, classes: list[str], images: int, digest: str) -> None:

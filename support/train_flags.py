@@ -1,12 +1,14 @@
 """The flags of train.py."""
 
+import os
 from argparse import BooleanOptionalAction, Namespace
 
-from support.common import AMP, Parser, img_size_flag, number, threshold_flag
+from support.common import (AMP, Parser, choose_amp, img_size_flag, number, open_device,
+                            threshold_flag)
 
 
 def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace, Parser]:
-    """What the command line says, None where a recipe decides; recipes: each --data's defaults."""
+    """The command line with every default filled in; recipes: each --data's defaults."""
     parser = Parser(prog="train.py", description="Trains LCTR from image labels, then scores it.")
     positive, size, fraction = number(int, 1, 10**9), number(int, 1, 10**6), number(float, 0, 1)
     above_zero, group = number(float, 0, above=True), parser.add_argument_group
@@ -83,4 +85,38 @@ def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace,
     add(to, "--eval-every", "epochs between evaluations on val (default: 1)", type=positive,
         default=1)
     add(to, "--checkpoint-every", "steps between checkpoints, besides every epoch's", type=positive)
-    return parser.parse_args(argv), parser
+    flags = parser.parse_args(argv)
+    fill_in(flags, parser, recipes[flags.data], archs)
+    return flags, parser
+
+
+def fill_in(flags: Namespace, parser: Parser, recipe: dict, archs) -> None:
+    """The recipe's values where the command line has none, and what can be checked at once."""
+    recipe, frozen = dict(recipe), flags.freeze_blocks
+    if flags.arch or recipe["arch"]:
+        recipe["arch"] = flags.arch or recipe["arch"]
+        recipe |= zip(("embed_dim", "depth", "num_heads"), archs[recipe["arch"]])
+    for name, value in recipe.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
+    if flags.freeze_blocks is None:  # "folder"
+        flags.freeze_blocks = flags.depth // 2 if flags.pretrained else 0
+    if frozen is None:
+        flags.freeze_blocks = min(flags.freeze_blocks, flags.depth)
+    if flags.freeze_blocks > flags.depth:
+        parser.error(f"--freeze-blocks: got {frozen}, the model has {flags.depth} blocks")
+    if flags.data == "synthetic" and flags.root:
+        parser.error("--root: the synthetic birds are drawn, not read: leave it out or give --data")
+    if flags.data != "synthetic" and not flags.root:
+        parser.error(f"--root: missing, --data {flags.data} needs its folder")
+    if flags.batch_size < (parts := int(os.environ.get("WORLD_SIZE", 1)) * flags.accumulate):
+        parser.error(f"--batch-size: {flags.batch_size} images do not split into {parts} parts")
+    try:
+        device = open_device(flags.device)
+    except ValueError as error:
+        parser.error(f"--device: {error}")
+    flags.device, flags.amp = str(device), choose_amp(flags.amp, device)
+    if flags.workers is None:
+        in_memory = device.type == "cpu" or flags.data == "synthetic"
+        flags.workers = 0 if in_memory else min(8, os.cpu_count() or 1)
+    flags.out = flags.out or f"runs/{flags.data}-{flags.head}-seed{flags.seed}"
