@@ -353,7 +353,7 @@ def examine(
     return Examples(
         data.denormalise(batch["image"]), batch["view"].tolist(), batch["label"].tolist(),
         localization.logits.argmax(1).tolist(),
-        [truth[:len(boxes)].numpy() for truth, boxes in zip(ground_truth, batch["boxes"])],
+        [rows[:len(boxes)].numpy() for rows, boxes in zip(ground_truth, batch["boxes"])],
         minmax(maps).cpu().numpy(), box.numpy(), iou.numpy())
 
 

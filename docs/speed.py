@@ -52,7 +52,7 @@ class FusedAttention(Attention):
 
 
 class PlainViT(VisionTransformer):
-    """The floor under LCTR's cost: the same backbone, fused attention, one linear layer on the mean patch token."""
+    """The floor: the same backbone, fused attention, one linear layer on the mean patch token."""
 
     def __init__(self, num_classes: int, embed_dim: int = 384, num_heads: int = 6, **sizes):
         super().__init__(embed_dim=embed_dim, num_heads=num_heads, **sizes)
@@ -91,7 +91,7 @@ MEASURED = (TIMED[0], TIMED[-1])  # for memory
 
 
 def prepare(work: Work, model: type[nn.Module]) -> Callable[[], None]:
-    """Makes a model and its inputs; the result does the work once: on CUDA in bfloat16 where autocast allows."""
+    """Makes a model and its inputs; the result does the work once, on CUDA under bf16 autocast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     network = model(work.num_classes, img_size=work.img_size).to(device)
@@ -127,7 +127,9 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def paired_seconds(floor: Callable[[], None], ours: Callable[[], None], repeats: int) -> dict[str, float]:
+def paired_seconds(
+    floor: Callable[[], None], ours: Callable[[], None], repeats: int
+) -> dict[str, float]:
     """Medians of both in turn, in alternating order, after one run each to warm up."""
     pairs = []
     for i in range(repeats + 1):
@@ -164,7 +166,7 @@ def operations(work: Work, model: type[nn.Module], backward: bool = False, **siz
 def peak_memory(work: Work, model: type[nn.Module]) -> int:
     """Bytes at the peak of doing the work twice, model and optimiser included, in a fresh process.
 
-    On CUDA those that torch allocates; on a CPU (Linux) the growth of the process since its imports.
+    On CUDA those that torch allocates; on a CPU (Linux) the process's growth since its imports.
     """
 
     def resident(name: str) -> int:

@@ -222,11 +222,11 @@ def score_maps(
     M, t, found = len(maps), len(thresholds), []
     ascending = torch.tensor(thresholds, device=maps.device)
     chunks = map_chunks(enlarge(maps[None], img_size)[0])  # of (M, H, W)
-    for chunk, truth in zip(chunks, ground_truth.split(len(chunks[0]))):
+    for chunk, annotated in zip(chunks, ground_truth.split(len(chunks[0]))):
         components = connected_components(chunk, ascending)
         box = largest(components, len(chunk) * t, *img_size)  # (chunk * t, 4)
-        iou = box_iou(box.view(-1, t, 1, 4), truth[:, None]).amax(-1).flatten()  # (chunk * t)
-        each = box_iou(components.box[:, None], truth[components.cell // t]).amax(-1)  # (R)
+        iou = box_iou(box.view(-1, t, 1, 4), annotated[:, None]).amax(-1).flatten()  # (chunk * t)
+        each = box_iou(components.box[:, None], annotated[components.cell // t]).amax(-1)  # (R)
         found.append((box, iou, iou.scatter_reduce(0, components.cell, each, "amax")))
     box, iou, any_iou = (torch.cat(column) for column in zip(*found))
     return box.view(M, t, 4).short(), iou.view(M, t).float(), any_iou.view(M, t).float()

@@ -255,7 +255,7 @@ def draw_gallery(
     top = 74 + 20 * len(legend_lines(note, width))
     sheet = Image.new("RGB", (width, top + drop * rows), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw_legend(sheet, note, any(len(truth) for truth in examples[0].ground_truth))
+    draw_legend(sheet, note, any(len(boxes) for boxes in examples[0].ground_truth))
     for c, (model, q, (title, product)) in enumerate(columns):
         x = MARGIN + step * c
         put(draw, (x + CELL / 2, top - 24), fit_text(title, 15, CELL), 15, INK, "ms")
@@ -283,7 +283,7 @@ def draw_failures(
     width = MARGIN + step * per_row
     titles = [wrap_text(title, 15, width - 2 * MARGIN) for title, _ in groups]
     heights = [12 + 20 * len(lines) + CELL + line + MARGIN for lines in titles]
-    annotated = any(len(truth) for _, e in groups for truth in e.ground_truth)
+    annotated = any(len(boxes) for _, e in groups for boxes in e.ground_truth)
     top = 36 + 20 * len(legend_lines(note, width))
     sheet = Image.new("RGB", (width, top + (sum(heights) or 40) + MARGIN), PAPER)
     draw, y = ImageDraw.Draw(sheet), top

@@ -1,4 +1,4 @@
-"""README against the project: its commands run, its names exist, its figures are the stored ones."""
+"""README against the project: its commands run, its names exist, its figures are stored."""
 
 import contextlib
 import importlib
@@ -293,7 +293,8 @@ def test_results_say_where_they_come_from():
 
 def test_sizes_that_a_reader_can_trust():
     """The files that people read stay short enough to be read."""
-    limits = {"evaluate.py": 700, "data.py": 550, "kernels/__init__.py": 200, "README.md": 220}
+    limits = {"lctr.py": 450, "train.py": 430, "evaluate.py": 700, "data.py": 550,
+              "kernels/__init__.py": 200, "README.md": 220}
     for name, most in limits.items():
         lines = (ROOT / name).read_text().splitlines()
         assert len(lines) <= most, name
