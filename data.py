@@ -22,16 +22,16 @@ Anything wrong in a file raises DataError, one line that names it.
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import multiprocessing
 import os
 import signal
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +40,14 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from support.annotations import parse_box, read_table, read_text, read_xml
+from support.annotations import (notes_of, of_class, parse_box, place_all, read_boxes, read_synsets,
+                                 read_table)
 from support.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
                            draw_birds)
-from support.common import pair
-from support.pictures import (MEAN, STD, DataError, clip_boxes, decode,  # noqa: F401
+from support.common import pair, progress
+from support.folders import (flatten, has_val, is_image, list_classes, list_flat, list_images,
+                             list_split)
+from support.pictures import (MEAN, STD, DataError, check_images, clip_boxes,  # noqa: F401
                               denormalise, fixed_view, load_image, normalise, open_image,
                               random_view, resize_view)
 
@@ -68,16 +71,8 @@ class Birds(Dataset):
         self.classes, self.num_palettes, self.notes = SPECIES, len(PALETTES), []
         self.augment, self.seed, self.epoch = augment, seed, 0
         self.indices = _spread(BIRDS[split], limit)
-        chunks = [self.indices[i:i + 250] for i in range(0, len(self.indices), 250)]
         draw = partial(draw_birds, BIRD_STREAMS[split], img_size)
-        processes = min(_cores(), len(chunks))
-        # forked: spawned ones import torch first, and rerun a script without a __main__ guard
-        if processes > 1:
-            fork = multiprocessing.get_context("fork")
-            with ProcessPoolExecutor(processes, fork, _ignore_interrupt) as pool:
-                drawn = list(pool.map(draw, chunks))
-        else:
-            drawn = list(map(draw, chunks))
+        drawn = in_processes(draw, self.indices, "drawing birds")
         self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
         self.pads = [round(side * 3 / 32) for side in img_size]  # rows, columns
         self.reflected = [np.pad(np.arange(side), pad, mode="reflect")
@@ -110,8 +105,22 @@ class Birds(Dataset):
                 "path": f"synthetic/{self.split}/{self.indices[index]:05d}"}
 
 
+def in_processes(work: Callable[[Sequence], object], items: Sequence, label: str) -> list:
+    """work(some items), 250 at a time, on all cores, in order."""
+    chunks = [items[i:i + 250] for i in range(0, len(items), 250)]
+    processes = min(_cores(), len(chunks))
+    shown = progress(chunks, label, os.environ.get("RANK", "0") == "0")
+    if processes < 2:
+        return list(map(work, shown))
+    # forked: spawned ones import torch first, and rerun a script without a __main__ guard
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork, _ignore_interrupt) as pool:
+        results = pool.map(work, chunks)
+        return [next(results) for _ in shown]
+
+
 def _cores() -> int:
-    """How many processes may draw: torchrun's share the machine, a daemonic one may have no
+    """How many processes may work: torchrun's share the machine, a daemonic one may have no
     children.
     """
     if not hasattr(os, "sched_getaffinity") or multiprocessing.current_process().daemon:
@@ -126,8 +135,6 @@ def _ignore_interrupt(*_):
 
 # ---------------------------------------------------------------- image files
 
-SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .tif .tiff .webp .ppm .pgm .avif".split())
-
 
 class Samples(NamedTuple):
     """What a reader of annotations returns: image i is folder / paths[i], of class
@@ -136,45 +143,18 @@ class Samples(NamedTuple):
     classes: list[str]
     folder: Path
     paths: list[str]
-    labels: list[int]
+    labels: Sequence[int]
     boxes: list[list]
     notes: list[str]
-
-
-def _names(folder: Path, folders: bool = False) -> list[str]:
-    """The sorted names of a folder's image files, or of its folders; hidden ones left out."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and (
-                entry.is_dir() if folders else
-                os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file()))
-    except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; needs to be a folder") from None
-
-
-def _by_class(folder: Path, classes: list[str], complete: bool) -> tuple[list[str], array]:
-    """list[str] "<class>/<name>" and labels of the images in <folder>/<class>/. complete: every
-    class must have some.
-    """
-    there, paths, labels = _names(folder, folders=True), [], array("i")
-    for name in there:
-        if name not in classes:
-            raise DataError(
-                f"{folder / name}: not one of the {len(classes)} classes that training has")
-    for label, name in enumerate(classes):
-        names = _names(folder / name) if complete or name in there else []
-        if complete and not names:
-            raise DataError(f"{folder / name}: no images in this class's folder")
-        for image in names:
-            paths.append(f"{name}/{image}")
-            labels.append(label)
-    return paths, labels
+    # each image's file of boxes and the image size that it states; None where boxes.csv or CUB has
+    # them, in pixels of the upright image
+    annotations: list[tuple[Path | None, tuple[int, int] | None]] | None = None
 
 
 def read_cub(root: Path, split: str, limit: int | None) -> Samples:
     """The official CUB_200_2011 folder, with any number of classes: classes.txt, images.txt,
-    image_class_labels.txt, train_test_split.txt, bounding_boxes.txt (x y width height) and
-    images/. Every image needs a line in each.
+    image_class_labels.txt, train_test_split.txt, bounding_boxes.txt (x y width height, in pixels of
+    the upright image) and images/. Every image needs a line in each.
     """
     def box(text):
         x, y, width, height = map(float, text.split())
@@ -220,7 +200,9 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
                    [[boxes[key]] for key in keys], [])
 
 
-def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
+def read_ilsvrc(
+    root: Path, split: str, limit: int | None, classes: Sequence[str] | None = None
+) -> Samples:
     """ILSVRC 2012 as the challenge lays it out (CLS-LOC); "test" is its validation set, "val" does
     not exist.
 
@@ -230,7 +212,8 @@ def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
                  root/ILSVRC/Annotations/CLS-LOC/val, root/Annotations/CLS-LOC/val,
                  root/Annotations/val or beside the images; a flat val's labels are theirs
     classes      the lines "<wnid> <words>" of LOC_synset_mapping.txt in root or above it, else
-                 train's folders, sorted
+                 train's folders, sorted; or those given, wnids or words
+    frame        an XML's boxes are in pixels of a picture of its <size>: see place_boxes
 
     """
     def first(*candidates):
@@ -239,105 +222,85 @@ def read_ilsvrc(root: Path, split: str, limit: int | None) -> Samples:
     images = first(root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC") or root
     mapping = "LOC_synset_mapping.txt"
     mapping = first(root / mapping, root.resolve().parent / mapping)
-    if mapping:
-        words = {}
-        for number, line in enumerate(read_text(mapping).strip().split("\n"), 1):
-            wnid, _, rest = line.strip().partition(" ")
-            if not rest or wnid in words:
-                raise DataError(
-                    f"{mapping}:{number}: found {line[:80]!r}, needs '<wnid> <words>', each wnid "
-                    "once")
-            words[wnid] = rest
-        wnids, classes = list(words), list(words.values())
-    else:
-        wnids = classes = _names(images / "train", folders=True)
+    words = read_synsets(mapping) if mapping else {}
+    wnids, names = list(words), list(words.values())
+    if classes and list(classes) != names and (not mapping or words.keys() >= set(classes)):
+        wnids = names = list(classes)
+    elif not mapping:
+        wnids = names = list_classes(images / "train").folders
     if split == "train":
-        paths, labels = _by_class(images / "train", wnids, complete=True)
+        found, notes = list_images(images / "train", wnids, complete=True)
+        paths, labels = flatten(found, wnids)
         kept = _spread(len(paths), limit)
         paths, labels = [paths[i] for i in kept], array("i", (labels[i] for i in kept))
-        return Samples(classes, images / "train", paths, labels, [()] * len(kept), [])
+        return Samples(names, images / "train", paths, labels, [()] * len(kept), notes)
 
-    folder, names, notes = images / "val", _names(images / "val"), []
-    paths, labels = (list(names), None) if names else _by_class(folder, wnids, complete=False)
+    # the images of val, with labels if they lie in class folders
+    folder = images / "val"
+    paths, notes = list_flat(folder, {".xml"})
+    labels = None
+    if not paths:
+        found, notes = list_images(folder, wnids, complete=False, known={".xml"})
+        paths, labels = flatten(found, wnids)
     stems = {}
     for i, path in enumerate(paths):
         if (twin := stems.setdefault(Path(path).stem, i)) != i:
-            raise DataError(
-                f"{folder / path}: shares its name with {paths[twin]}, needs its own for its "
-                "annotation")
+            raise DataError(f"{folder / path}: shares its name with {paths[twin]}, needs its own "
+                            "for its annotation")
+
+    # their annotations
     annotations = first(root / "ILSVRC/Annotations/CLS-LOC/val", root / "Annotations/CLS-LOC/val",
                         root / "Annotations/val")
     files = {file.stem: file for file in sorted((annotations or folder).rglob("*.xml"))}
     if labels is None and not files:
-        raise DataError(
-            f"{annotations or folder}: no XML annotations, needs them for the labels of {folder}")
-    if orphans := sorted(files.keys() - stems.keys()):
-        notes.append(
-            f"{len(orphans)} annotations have no image and are ignored (the first: "
-            f"{files[orphans[0]]})")
-    if labels is None and (bare := [i for stem, i in stems.items() if stem not in files]):
-        notes.append(
-            f"{len(bare)} images have no annotation and are left out (the first: "
-            f"{folder / paths[bare[0]]})")
+        raise DataError(f"{annotations or folder}: no XML annotations, needs them for the labels "
+                        f"of {folder}")
+    unused = {"annotations have no image and are ignored":
+              [files[stem] for stem in sorted(files.keys() - stems.keys())],
+              "images have no annotation and are left out":
+              [folder / paths[i] for stem, i in stems.items() if stem not in files]}
+    if labels is not None:
+        unused.popitem()
+    notes += notes_of({reason: paths for reason, paths in unused.items() if paths})
     kept = [i for stem, i in stems.items() if labels is not None or stem in files]
     kept = [kept[i] for i in _spread(len(kept), limit)]
-    label_of, kept_labels, boxes = {wnid: label for label, wnid in enumerate(wnids)}, array("i"), []
+    label_of, kept_labels = {wnid: label for label, wnid in enumerate(wnids)}, array("i")
+    boxes, sources = [], []
     for i in kept:
         file, wnid = files.get(Path(paths[i]).stem), None if labels is None else wnids[labels[i]]
-        wnid, rows = read_xml(file, wnid) if file else (wnid, [])
+        wnid, rows, stated = of_class(file, wnid) if file else (wnid, [], None)
         if wnid not in label_of:
-            raise DataError(
-                f"{file}: class {wnid!r} is not one of the {len(wnids)} that training has")
+            raise DataError(f"{file}: class {wnid!r} is not one of the {len(wnids)} that training "
+                            "has")
         kept_labels.append(label_of[wnid])
         boxes.append(rows)
-    return Samples(classes, folder, [paths[i] for i in kept], kept_labels, boxes, notes)
+        sources.append((file, stated))
+    return Samples(names, folder, [paths[i] for i in kept], kept_labels, boxes, notes, sources)
 
 
 def read_folder(
     root: Path, split: str, limit: int | None, classes: Sequence[str] | None = None
 ) -> Samples:
-    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; the classes are train's
-    folders, sorted. boxes.csv, if any, has rows path,xmin,ymin,xmax,ymax, the path from root,
-    any number per image, perhaps below a header of these words.
+    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; or <class>/* alone, split
+    80 / 10 / 10 by a hash of each file's name. The classes are those given, else train's folders,
+    sorted. boxes.csv, if any, has rows path,xmin,ymin,xmax,ymax, perhaps below a header of these
+    words: the path from root, the box in pixels of the upright image, any number per image.
     """
-    classes = list(classes) if classes else _names(root / "train", folders=True)
-    paths, labels = _by_class(root / split, classes, complete=split == "train")
+    classes, folder, images, notes = list_split(root, split, classes)
+    paths, labels = flatten(images, classes)
     kept = _spread(len(paths), limit)
     paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
-    boxes, file, astray = {f"{split}/{path}": [] for path in paths}, root / "boxes.csv", []
-    rows = csv.reader(read_text(file).split("\n") if file.exists() else (), strict=True)
-    try:
-        for row in rows:
-            name, *numbers = [field.strip() for field in row] or [""]
-            header = [number.lower() for number in numbers] == ["xmin", "ymin", "xmax", "ymax"]
-            if not any(row) or rows.line_num == 1 and header:
-                continue
-            name = os.path.normpath(name.replace("\\", "/"))
-            try:
-                box = parse_box(*numbers)
-            except ValueError:
-                raise DataError(
-                    f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs "
-                    "path,xmin,ymin,xmax,ymax with finite xmin < xmax, ymin < ymax") from None
-            if name in boxes:
-                boxes[name].append(box)
-            elif not os.path.isfile(root / name):
-                astray.append((rows.line_num, name))
-    except csv.Error as error:
-        raise DataError(f"{file}:{rows.line_num}: not a row of a CSV file ({error})") from None
-    notes = []
-    if astray:
-        notes.append(
-            f"{len(astray)} rows of {file} name no image (the first: line {astray[0][0]}, "
-            f"{astray[0][1]!r})")
-    return Samples(classes, root / split, paths, labels, list(boxes.values()), notes)
+    boxes, more = read_boxes(root, partial(is_image, root))
+    prefix = "" if folder == root else f"{split}/"
+    boxes = [boxes.get(prefix + path, []) for path in paths]
+    return Samples(classes, folder, paths, labels, boxes, notes + more)
 
 
 class Pictures(Dataset):
     """Image files with a label each and any number of boxes."""
 
     def __init__(self, name, samples, split, img_size, crop, augment, seed):
-        self.classes, self.folder, paths, labels, boxes, self.notes = samples
+        self.classes, self.folder, paths, labels, boxes, self.notes, annotations = samples
         if not len(labels):
             raise DataError(f"{self.folder}: no images for split {split!r} of {name}")
         self.name, self.split, self.img_size, self.crop = name, split, img_size, crop
@@ -345,32 +308,39 @@ class Pictures(Dataset):
         # bytes in one array: 1.3 million paths take 60 MB, which forked workers share
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels, np.int32)
+        if split != "train" or not augment:
+            boxes = self._check(boxes, annotations)
         self.annotated = sum(len(rows) > 0 for rows in boxes)
         # image i's boxes are rows first[i] to first[i + 1]
         self.first = np.cumsum([0, *map(len, boxes)])
         self.boxes = torch.tensor([box for rows in boxes for box in rows],
                                   dtype=torch.float32).view(-1, 4)
-        if split != "train":
-            self._check()
 
-    def _check(self):
-        """Opens every scored image's header: what is wrong with it or its boxes shows now, not
-        after an hour.
+    def _check(self, boxes: list[list], annotations) -> list[list]:
+        """Decodes every scored image as scoring will: a broken one shows now, not after an hour of
+        training. Returns the boxes in pixels of the upright images, those outside left out.
         """
-        sizes = torch.tensor([decode(self.folder / os.fsdecode(path), header_only=True)[1]
-                             for path in self.paths])  # (n, 2)
-        counts = torch.tensor(np.diff(self.first))
-        owner = torch.arange(len(self)).repeat_interleave(counts)  # (boxes,)
-        cut = self.boxes.clamp(min=0).minimum(sizes.repeat(1, 2)[owner])  # (boxes, 4)
-        left = (cut[:, 2:] > cut[:, :2]).all(1)
-        if clipped := int((cut != self.boxes)[left].any(1).sum()):
+        paths = [self.folder / os.fsdecode(path) for path in self.paths]
+        work = partial(check_images, img_size=self.img_size, crop=self.crop)
+        found = list(chain(*in_processes(work, paths, f"checking {self.split} images")))
+        boxes, notes = place_all(boxes, found, paths, annotations)
+        self.notes += notes
+        inside, clipped, outside = [], 0, 0
+        for rows, (_, (width, height), *_) in zip(boxes, found):
+            left = [(x0, y0, x1, y1) for x0, y0, x1, y1 in rows
+                    if max(x0, 0) < min(x1, width) and max(y0, 0) < min(y1, height)]
+            outside += len(rows) - len(left)
+            clipped += sum(x0 < 0 or y0 < 0 or x1 > width or y1 > height
+                           for x0, y0, x1, y1 in left)
+            inside.append(left)
+        if clipped:
             self.notes.append(f"{clipped} boxes reach beyond their images and are clipped")
-        if outside := int((~left).sum()):
+        if outside:
             self.notes.append(f"{outside} boxes lie outside their images and are left out")
-        self.annotated = len(owner[left].unique())
-        if unscored := len(self) - self.annotated:
-            self.notes.append(
-                f"{unscored} of {len(self)} {self.split} images have no box and are not scored")
+        if unscored := sum(not rows for rows in inside):
+            self.notes.append(f"{unscored} of {len(self)} {self.split} images have no box and are "
+                              "not scored")
+        return inside
 
     def __len__(self):
         return len(self.labels)
@@ -391,11 +361,10 @@ DATASETS = ("synthetic", *READERS)
 
 def has_split(name: str, root: str | Path | None, split: str) -> bool:
     """Whether there is such a split: train and test always, val for the birds and for a folder with
-    val/.
+    val/ or enough images to split.
     """
     if split == "val":
-        return name == "synthetic" or (
-            name == "folder" and bool(root) and os.path.isdir(Path(root) / "val"))
+        return name == "synthetic" or name == "folder" and bool(root) and has_val(Path(root))
     return split in ("train", "test")
 
 
@@ -407,7 +376,8 @@ def load_dataset(
     """A data set as at the top of this file. img_size is an int or (height, width). limit keeps
     that many samples, evenly spread. augment, by default on for split="train", takes random
     views, from (seed, dataset.epoch, index): set epoch before each epoch. crop=SIZE is for test
-    pictures (see fixed_view). classes: those of a folder without a train/. Raises DataError.
+    pictures (see fixed_view). classes: those of a folder or of ILSVRC without a train/. Raises
+    DataError.
     """
     augment, img_size = split == "train" if augment is None else augment, pair(img_size)
     if name not in DATASETS:
@@ -420,7 +390,7 @@ def load_dataset(
         raise DataError(f"crop: found {crop}, needs at least the network's {max(img_size)} pixels")
     if name == "synthetic":
         return Birds(split, img_size, limit, crop, augment, seed)
-    known = {"classes": classes} if name == "folder" else {}
+    known = {} if name == "cub" else {"classes": classes}
     samples = READERS[name](Path(root), split, limit, **known)
     return Pictures(name, samples, split, img_size, crop, augment, seed)
 

@@ -1,10 +1,16 @@
-"""Text files of annotations: read whole, checked line by line. Anything wrong is a DataError."""
+"""Files of annotations: read whole, checked line by line, and boxes brought into the frame of the
+upright picture. Anything wrong is a DataError.
+"""
 
+import csv
 import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
-from support.pictures import DataError
+from support.pictures import DataError, Decoded
 
 
 def read_text(path: Path) -> str:
@@ -19,12 +25,20 @@ def read_text(path: Path) -> str:
     return text
 
 
+def notes_of(found: dict[str, list]) -> list[str]:
+    """A note for each reason: how many, and the first."""
+    return [f"{len(names)} {reason} (the first: {names[0]})" for reason, names in found.items()]
+
+
 def parse_box(*numbers) -> tuple[float, ...]:
     """xmin, ymin, xmax, ymax from their texts; ValueError where they are no box."""
     x0, y0, x1, y1 = box = tuple(map(float, numbers))
     if not (all(map(math.isfinite, box)) and x0 < x1 and y0 < y1):
         raise ValueError
     return box
+
+
+# ---------------------------------------------------------------- tables, CSV, XML
 
 
 def read_table(path: Path, needed: str, parse) -> dict:
@@ -45,28 +59,207 @@ def read_table(path: Path, needed: str, parse) -> dict:
     return rows
 
 
-def read_xml(file: Path, wnid: str | None) -> tuple[str, list]:
-    """(the image's class, its boxes): the boxes of class `wnid`, by default the first object's."""
+def read_synsets(path: Path) -> dict[str, str]:
+    """{wnid: words} of ILSVRC's LOC_synset_mapping.txt."""
+    words = {}
+    for number, line in enumerate(read_text(path).strip().split("\n"), 1):
+        wnid, _, rest = line.strip().partition(" ")
+        if not rest or wnid in words:
+            raise DataError(f"{path}:{number}: found {line[:80]!r}, needs '<wnid> <words>', each "
+                            "wnid once")
+        words[wnid] = rest
+    return words
+
+
+def read_boxes(root: Path, known: Callable[[str], bool]) -> tuple[dict[str, list], list[str]]:
+    """Of root/boxes.csv: {path below root: its boxes}, and notes. known(path): whether a picture of
+    any split lies there.
+    """
+    file, boxes, notes, astray = root / "boxes.csv", {}, [], []
+    rows = csv.reader(read_text(file).split("\n") if file.exists() else (), strict=True)
+    try:
+        for row in rows:
+            name, *numbers = [field.strip() for field in row] or [""]
+            header = [number.lower() for number in numbers] == ["xmin", "ymin", "xmax", "ymax"]
+            if not any(row) or rows.line_num == 1 and header:
+                continue
+            try:
+                box = parse_box(*numbers)
+            except ValueError:
+                raise DataError(
+                    f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs "
+                    "path,xmin,ymin,xmax,ymax with finite xmin < xmax, ymin < ymax") from None
+            path = below(root, name)
+            if path not in boxes and not known(path):
+                astray.append((rows.line_num, name))
+            boxes.setdefault(path, []).append(box)
+    except csv.Error as error:
+        raise DataError(f"{file}:{rows.line_num}: not a row of a CSV file ({error})") from None
+    if astray:
+        line, name = astray[0]
+        notes.append(f"{len(astray)} rows of {file} name no image (the first: line {line}, "
+                     f"{name[:200]!r})")
+    values = [value for boxes_of_one in boxes.values() for box in boxes_of_one for value in box]
+    if values and all(0 <= value <= 1 for value in values):
+        raise DataError(f"{file}: all its values lie within 0 and 1, which looks normalised: needs "
+                        "pixels of the upright picture")
+    return boxes, notes
+
+
+def below(root: Path, name: str) -> str:
+    """A path of boxes.csv as one relative to root, where it lies below it."""
+    name = os.path.normpath(name.replace("\\", "/"))
+    if os.path.isabs(name) and "\0" not in name:
+        for base, path in ((os.path.abspath(root), name), map(os.path.realpath, (root, name))):
+            if path.startswith(os.path.join(base, "")):
+                return os.path.relpath(path, base)
+    return name
+
+
+class Objects(NamedTuple):
+    """An XML annotation as ILSVRC and Pascal VOC have it."""
+
+    boxes: list[tuple[str, tuple]]  # (class, (xmin, ymin, xmax, ymax)) as the file says
+    stated: tuple[int, int] | None  # <size>: width, height; None where it is missing or 0
+    filename: str
+
+
+def read_objects(file: Path) -> Objects:
     text, objects = read_text(file), []
     # which may declare entities that expand without end
     if "<!DOCTYPE" in text:
         raise DataError(f"{file}: found a document type declaration, needs a plain annotation")
     try:
-        found = ElementTree.fromstring(text).findall("object")
+        annotation = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise DataError(f"{file}:{error.position[0]}: not well-formed XML ({error})") from None
-    for number, item in enumerate(found, 1):
+    for number, item in enumerate(annotation.findall("object"), 1):
         try:
             box = parse_box(*(item.findtext(f"bndbox/{side}")
-                       for side in ("xmin", "ymin", "xmax", "ymax")))
+                              for side in ("xmin", "ymin", "xmax", "ymax")))
             objects.append((item.findtext("name").strip(), box))
         except (ValueError, TypeError, AttributeError):
             raise DataError(
                 f"{file}: object {number} needs a <name> and a <bndbox> of finite xmin < xmax, "
                 "ymin < ymax") from None
+    sides = [annotation.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
+    stated = read_size(*(side or 0 for side in sides), f"{file}: <size>")
+    return Objects(objects, stated, annotation.findtext("filename", "").strip())
+
+
+def read_size(width, height, where: str) -> tuple[int, int] | None:
+    """(width, height) that an annotation states for its picture, None where one is 0."""
+    try:
+        sides = float(width), float(height)
+        if not all(side >= 0 and side == int(side) for side in sides):
+            raise ValueError
+    except (ValueError, OverflowError, TypeError):
+        raise DataError(f"{where} is {str(width)[:40]} x {str(height)[:40]}, needs whole numbers "
+                        "of pixels") from None
+    return (int(sides[0]), int(sides[1])) if all(sides) else None
+
+
+def of_class(file: Path, wnid: str | None) -> tuple[str, list, tuple[int, int] | None]:
+    """(the image's class, its boxes, its stated size): the boxes of class `wnid`, by default the
+    first object's.
+    """
+    objects, stated, _ = read_objects(file)
     wnid = wnid or (objects[0][0] if objects else None)
     boxes = [box for name, box in objects if name == wnid]
     if not boxes:
-        raise DataError(
-    f"{file}: found {len(objects)} objects, needs one of the image's class {wnid or ''}".rstrip())
-    return wnid, boxes
+        raise DataError(f"{file}: found {len(objects)} objects, needs one of the image's class "
+                        f"{wnid or ''}".rstrip())
+    return wnid, boxes, stated
+
+
+# ---------------------------------------------------------------- frames
+
+UNSTATED = "annotations state no <size>: their boxes are taken as they are"
+SCALED = ("images have another size than their annotation's <size>, in the same aspect: their "
+          "boxes are scaled")
+UNTOLD = ("images are turned or mirrored by EXIF in a way that their <size> does not show: their "
+          "boxes are taken as the upright picture's")
+SIDEWAYS = ("images turned by EXIF have boxes that reach beyond them but not beyond the picture as "
+            "stored: needs boxes of the upright picture")
+
+
+def turn_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
+    """A box in a stored picture of that size, in the picture that EXIF's orientation 5 to 8 makes
+    of it.
+    """
+    (x0, y0, x1, y1), (w, h) = box, size
+    return {5: (y0, x0, y1, x1), 6: (h - y1, x0, h - y0, x1),
+            7: (h - y1, w - x1, h - y0, w - x0), 8: (y0, w - x1, y1, w - x0)}[orientation]
+
+
+def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether b is a times some number, each side rounded to within a pixel."""
+    return max((b[i] - 1) / a[i] for i in (0, 1)) <= min((b[i] + 1) / a[i] for i in (0, 1))
+
+
+def place_boxes(boxes: list, stated: tuple[int, int] | None, found: Decoded) -> tuple[list, str]:
+    """Boxes of a picture in pixels of its upright form, and what there is to say about them.
+
+    stated is the (width, height) that their annotation has for the picture: the upright one's; the
+    stored one's, where the boxes turn with the picture; the upright one's with width and height
+    swapped, where nothing but this statement is wrong; or that of a larger or smaller copy of
+    either, where the boxes are scaled. Raises ValueError where it is none of these.
+    """
+    stored, upright, turn = found.stored, found.size, found.orientation
+    if not stated:
+        return boxes, UNSTATED
+    if stated == upright:
+        return boxes, UNTOLD if turn > 1 and stored == upright and boxes else ""
+    if stated == stored:
+        return [turn_box(box, stored, turn) for box in boxes], ""
+    if stated == upright[::-1]:
+        return boxes, ""
+    frames = [frame for frame in (upright, stored) if same_aspect(stated, frame)]
+    if not frames:
+        raise ValueError
+    # of two, the one that is nearer
+    frame = min(frames, key=lambda f: abs(f[0] * stated[1] - f[1] * stated[0]))
+    sx, sy = frame[0] / stated[0], frame[1] / stated[1]
+    boxes = [(x0 * sx, y0 * sy, x1 * sx, y1 * sy) for x0, y0, x1, y1 in boxes]
+    if frame != upright:
+        boxes = [turn_box(box, stored, turn) for box in boxes]
+    return boxes, SCALED
+
+
+def misfit(where, stated: tuple[int, int], picture, found: Decoded) -> DataError:
+    """The error for a stated size that place_boxes cannot use."""
+    turned = f", {found.size[0]} x {found.size[1]} upright" * (found.size != found.stored)
+    return DataError(f"{where}: states a size of {stated[0]} x {stated[1]}, but {picture} is "
+                     f"{found.stored[0]} x {found.stored[1]}{turned}: needs boxes of that picture, "
+                     "or of a copy in the same aspect")
+
+
+def place_all(
+    boxes: Sequence[list], found: Sequence[Decoded], pictures: Iterable,
+    annotations: Sequence[tuple] | None,
+) -> tuple[list[list], list[str]]:
+    """The boxes of many pictures, placed, and notes. annotations: a (file, stated size) for each
+    picture, without a file where it has none; None for boxes that are the upright picture's.
+    """
+    placed, notes = [], {}
+    for i, (rows, decoded, picture) in enumerate(zip(boxes, found, pictures)):
+        file, stated = annotations[i] if annotations else (picture, decoded.size)
+        try:
+            rows, what = place_boxes(rows, stated, decoded) if file else (rows, "")
+        except ValueError:
+            raise misfit(file, stated, picture, decoded) from None
+        if annotations is None:
+            what = SIDEWAYS if fit_stored_alone(rows, decoded) else ""
+        if what:
+            notes.setdefault(what, []).append(file)
+        placed.append(rows)
+    return placed, notes_of(notes)
+
+
+def fit_stored_alone(boxes: list, found: Decoded) -> bool:
+    """Whether boxes lie within a picture as stored, but not within the upright one."""
+    def fit(size):
+        return all(x0 >= 0 and y0 >= 0 and x1 <= size[0] and y1 <= size[1]
+                   for x0, y0, x1, y1 in boxes)
+
+    return found.stored != found.size and fit(found.stored) and not fit(found.size)

@@ -3,16 +3,22 @@ DataError.
 """
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from support.common import pair
 
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, for pixels in 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+TURNS = dict(enumerate((  # EXIF's orientations from 2 on, and what makes them upright
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), 2))
 warnings.filterwarnings("ignore", module="PIL")  # what matters arrives as an exception
 
 
@@ -25,36 +31,56 @@ class DataError(ValueError):
         super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: "))
 
 
+class Decoded(NamedTuple):
+    """What a file holds."""
+
+    picture: Image.Image | None  # upright, in RGB, perhaps reduced; None where it was not asked for
+    size: tuple[int, int]  # (width, height) of the upright original
+    stored: tuple[int, int]  # its size as the file has it, before EXIF's orientation
+    orientation: int  # EXIF's, 1 to 8: above 4 rows and columns change places
+
+
 def open_image(path: str | Path) -> Image.Image:
     """The picture upright (EXIF) and in RGB, whatever Pillow reads: its first frame, on white where
     it is transparent, 16-bit and float pixels scaled to 8 bits. Raises DataError naming the
     file.
     """
-    return decode(path)[0]
+    return decode(path).picture
 
 
-def decode(path, at_least=None, header_only=False) -> tuple[Image.Image | None, tuple[int, int]]:
-    """The upright RGB picture and the size (width, height) of its upright original.
-    at_least=(width, height) lets a JPEG come at 1/2, 1/4 or 1/8 of its size, which is cheap to
-    decode, but no smaller than that.
+def decode(path, at_least=None, header_only=False) -> Decoded:
+    """The upright picture; at_least=(width, height) lets a JPEG come at 1/2, 1/4 or 1/8 of its
+    size, which is cheap to decode, but no smaller than that.
     """
     try:
         with Image.open(path) as image:
-            # EXIF orientations that exchange rows and columns; of a TIFF, Pillow
-            # gives the upright size
-            sideways = image.getexif().get(0x0112) in (5, 6, 7, 8) and image.format != "TIFF"
-            size = image.size[::-1] if sideways else image.size
+            orientation, turned = _orientation(image), image.format == "TIFF"  # by Pillow, on load
+            stored, sideways = image.size, orientation > 4
+            size = stored[::-1] if sideways else stored
+            if turned:
+                size, stored = stored, size
             if header_only:
-                return None, size
+                return Decoded(None, size, stored, orientation)
             if at_least:
                 image.draft(None, at_least[::-1] if sideways else at_least)
-            return _rgb(ImageOps.exif_transpose(image)), size
+            image.load()
+            upright = image if turned or orientation == 1 else image.transpose(TURNS[orientation])
+            return Decoded(_rgb(upright), size, stored, orientation)
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     # Pillow's plugins raise nearly anything on a broken file
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read as an image ({reason[:200]})") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's, 1 where there is none: all else in EXIF, however odd, leaves a picture as it is."""
+    try:
+        orientation = image.getexif().get(0x0112)
+        return int(orientation) if orientation in TURNS else 1
+    except Exception:
+        return 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -101,13 +127,24 @@ def load_image(
     """One file as the network's input: (image (3, H, W), view, size), seen through fixed_view, with
     an rng random_view. img_size is an int or (height, width).
     """
-    h, w = img_size = pair(img_size)
-    least = (crop, crop) if crop else (w, h)
-    if rng:
-        least = round(w * 256 / 224), round(h * 256 / 224)
-    picture, size = decode(path, least)
+    img_size = pair(img_size)
+    picture, size, *_ = decode(path, _least(img_size, crop, rng is not None))
     view = random_view(size, img_size, rng) if rng else fixed_view(size, img_size, crop)
     return normalise(resize_view(picture, size, view, img_size)), view, size
+
+
+def check_images(paths: Iterable[str | Path], img_size, crop: int | None = None) -> list[Decoded]:
+    """Each file decoded as load_image does to score it, without its picture. Raises DataError."""
+    least = _least(pair(img_size), crop, False)
+    return [decode(path, least)._replace(picture=None) for path in paths]
+
+
+def _least(img_size, crop: int | None, augment: bool) -> tuple[int, int]:
+    """The (width, height) below which a view of a picture would have to be enlarged."""
+    if crop and not augment:
+        return crop, crop
+    h, w = img_size
+    return (round(w * 256 / 224), round(h * 256 / 224)) if augment else (w, h)
 
 
 def resize_view(picture: Image.Image, size, view, img_size) -> np.ndarray:

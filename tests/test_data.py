@@ -1,4 +1,3 @@
-import csv
 import multiprocessing
 import random
 import shutil
@@ -16,16 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+from helpers import (CUB_CLASSES, WNIDS, error_of, noise, picture, same_samples, write_ilsvrc, xml)
 from support import birds, pictures
 
 SCRIPT = Path(data.__file__)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")          # pytest undoes data.py's own filter
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def picture(path, size=(40, 30), colour=(200, 60, 30), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path, **options)
+# pytest undoes the filter of support/pictures.py
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+quick = settings(max_examples=60, deadline=None,
+                 suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def block_picture(size, block):
@@ -42,32 +39,18 @@ def where_white(image):
 
 
 def to_input(box, view, img_size):
-    """A box of the original in pixels of the network's input, by the documented meaning of a view."""
+    """A box of the original in pixels of the network's input, as the docs say what a view is."""
     (x0, y0, x1, y1), (h, w) = view, img_size
     x = sorted((x - x0) / (x1 - x0) * w for x in box[0::2])
     y = sorted((y - y0) / (y1 - y0) * h for y in box[1::2])
     return np.array([x[0], y[0], x[1], y[1]])
 
 
-def error_of(call, *parts):
-    """The one line of the DataError that call() raises, in which all parts occur."""
-    with pytest.raises(data.DataError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message and all(str(part) in message for part in parts), message
-    return message
-
-
 def everything(dataset):
     return [dataset[i] for i in range(len(dataset))]
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Birds
+# ---------------------------------------------------------------- Birds
 
 def test_a_bird_is_a_function_of_stream_and_index():
     birds = {key: data.draw_bird(*key) for key in [(1, 0), (1, 1), (2, 0), (2, 1)]}
@@ -78,9 +61,11 @@ def test_a_bird_is_a_function_of_stream_and_index():
 
 
 def test_splits_share_no_bird():
-    seen = [data.load_dataset("synthetic", None, split, 32, limit=100).pictures for split in data.BIRDS]
+    seen = [data.load_dataset("synthetic", None, split, 32, limit=100).pictures
+            for split in data.BIRDS]
     assert len({bird.tobytes() for birds in seen for bird in birds}) == 300
-    assert data.BIRDS == {"train": 12_000, "val": 600, "test": 1000} and len(set(data.BIRD_STREAMS.values())) == 3
+    assert data.BIRDS == {"train": 12_000, "val": 600, "test": 1000}
+    assert len(set(data.BIRD_STREAMS.values())) == 3
     assert len(data.load_dataset("synthetic", None, "val", 8)) == 600
 
 
@@ -102,7 +87,8 @@ def test_birds_can_be_drawn_in_a_daemonic_process():
     queue = context.Queue()
     process = context.Process(target=work, args=(queue,), daemon=True)
     process.start()
-    assert queue.get(timeout=60) == data.load_dataset("synthetic", None, "val", 16, limit=300).pictures.sum()
+    expected = data.load_dataset("synthetic", None, "val", 16, limit=300).pictures.sum()
+    assert queue.get(timeout=60) == expected
     process.join()
 
 
@@ -113,22 +99,24 @@ def test_the_box_lies_in_the_picture(index, height, width):
     assert pixels.shape == (height, width, 3) and pixels.dtype == np.uint8
     assert 0 <= label < len(data.SPECIES) and 0 <= palette < len(data.PALETTES)
     assert (box >= 0).all() and (box <= (width, height, width, height)).all()
-    assert ((box[2:] - box[:2]) / min(height, width)).max() > 0.45                       # birds are large
+    assert ((box[2:] - box[:2]) / min(height, width)).max() > 0.45  # birds are large
 
 
 def test_the_box_is_tight_around_the_whole_bird(monkeypatch):
-    monkeypatch.setattr(birds, "_background", lambda rng, u, h, w: np.full((h, w, 3), (255, 0, 255), np.uint8))
+    magenta = lambda rng, u, h, w: np.full((h, w, 3), (255, 0, 255), np.uint8)
+    monkeypatch.setattr(birds, "_background", magenta)
     monkeypatch.setattr(birds, "_draw_clutter", lambda *_: None)
     for index in range(60):
         pixels, _, _, box = data.draw_bird(3, index, (192, 256))
         rows, columns = np.nonzero((np.abs(pixels - np.array([255.0, 0, 255])) > 60).any(2))
         seen = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-        assert np.abs(box - seen).max() < 2, index                  # sharp tips fade within a pixel
+        assert np.abs(box - seen).max() < 2, index  # sharp tips fade within a pixel
 
 
 def test_the_head_tells_the_species(monkeypatch):
-    """The hue's share of strongly coloured pixels: only the label's hue is on a bird without clutter."""
-    monkeypatch.setattr(birds, "_background", lambda rng, u, h, w: np.full((h, w, 3), 128, np.uint8))
+    """The hue's share of vivid pixels: only the label's hue is on a bird without clutter."""
+    grey = lambda rng, u, h, w: np.full((h, w, 3), 128, np.uint8)
+    monkeypatch.setattr(birds, "_background", grey)
     monkeypatch.setattr(birds, "_draw_clutter", lambda *_: None)
     for index in range(60):
         pixels, label, _, _ = data.draw_bird(1, index, (128, 128))
@@ -141,7 +129,8 @@ def test_the_head_tells_the_species(monkeypatch):
 def test_labels_are_even_and_palettes_follow_them_partly():
     dataset = data.load_dataset("synthetic", None, "test", 8)
     counts = np.bincount(dataset.labels, minlength=9)
-    assert len(dataset.classes) == len(set(dataset.classes)) == 9 and counts.min() > 70 and counts.max() < 160
+    assert len(dataset.classes) == len(set(dataset.classes)) == 9
+    assert counts.min() > 70 and counts.max() < 160
     own = (dataset.palettes == dataset.labels % dataset.num_palettes).mean()
     assert abs(own - (birds.PALETTE_CUE + (1 - birds.PALETTE_CUE) / 8)) < 0.05
 
@@ -155,22 +144,25 @@ def test_training_birds_are_reflected_shifted_and_mirrored():
         x0, y0, x1, y1 = sample["view"]
         left, top = min(x0, x1), y0
         expected = padded[top + 3:top + 35, left + 6:left + 70]
-        assert np.array_equal(data.denormalise(sample["image"]), expected[:, ::-1] if x0 > x1 else expected)
+        expected = expected[:, ::-1] if x0 > x1 else expected
+        assert np.array_equal(data.denormalise(sample["image"]), expected)
         assert (abs(x1 - x0), y1 - y0) == (64, 32) and abs(left) <= 6 and abs(top) <= 3
         seen.add((left, top, x0 > x1))
     assert len(seen) > 40 and {mirrored for *_, mirrored in seen} == {True, False}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Views
+# ---------------------------------------------------------------- Views
 
 sizes = st.tuples(st.integers(40, 300), st.integers(40, 300))
 
 
 @quick
-@given(sizes, st.sampled_from([(32, 32), (48, 32), (30, 64)]), st.integers(0, 99), st.booleans(), st.booleans())
+@given(sizes, st.sampled_from([(32, 32), (48, 32), (30, 64)]), st.integers(0, 99), st.booleans(),
+       st.booleans())
 def test_a_marked_block_is_where_its_box_says(tmp_path, size, img_size, seed, augment, crop):
-    """In whole pictures, centre crops and random views, mirrored or not; PNGs, and JPEGs, perhaps decoded reduced."""
+    """In whole pictures, centre crops and random views, mirrored or not; PNGs, and JPEGs, perhaps
+    decoded reduced.
+    """
     w, h = size
     block = w * 3 // 8, h * 3 // 8, w * 5 // 8, h * 5 // 8
     file = tmp_path / ("a.jpg" if seed % 2 else "a.png")
@@ -186,8 +178,10 @@ def test_random_views_are_crops_of_the_resized_picture():
     rng = np.random.default_rng(0)
     views = np.array([data.random_view((448, 256), (112, 224), rng) for _ in range(300)])
     left, top = np.minimum(views[:, 0], views[:, 2]), views[:, 1]
-    assert np.allclose(np.abs(views[:, 2] - views[:, 0]), 448 * 224 / 256) and np.allclose(views[:, 3] - top, 224)
-    assert left.min() == 0 and top.min() == 0 and left.max() == 56 and top.max() == 32      # both ends of every offset
+    assert np.allclose(np.abs(views[:, 2] - views[:, 0]), 448 * 224 / 256)
+    assert np.allclose(views[:, 3] - top, 224)
+    assert left.min() == 0 and left.max() == 56  # both ends of every offset
+    assert top.min() == 0 and top.max() == 32
     assert 100 < (views[:, 0] > views[:, 2]).sum() < 200
 
 
@@ -197,7 +191,8 @@ def test_crop_is_resize_the_shorter_side_then_cut_the_centre(tmp_path, size):
     original = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
     original.save(tmp_path / "a.png")
     scale = 64 / min(size)
-    resized = original.resize((int(size[0] * scale + 1e-9), int(size[1] * scale + 1e-9)), Image.Resampling.BILINEAR)
+    resized = (int(side * scale + 1e-9) for side in size)
+    resized = original.resize(tuple(resized), Image.Resampling.BILINEAR)
     left, top = round((resized.width - 56) / 2), round((resized.height - 56) / 2)
     expected = np.asarray(resized.crop((left, top, left + 56, top + 56)), float)
     found = data.denormalise(data.load_image(tmp_path / "a.png", 56, 64)[0])
@@ -210,7 +205,8 @@ def test_crop_smaller_than_the_input_is_refused():
 
 def test_boxes_are_cut_to_a_view():
     boxes = torch.tensor([[-5.0, 2, 30, 40], [10, 10, 20, 20], [50, 50, 60, 60]])
-    assert data.clip_boxes(boxes, (0, 5, 25, 30)).tolist() == [[0, 5, 25, 30], [10, 10, 20, 20], [25, 30, 25, 30]]
+    assert data.clip_boxes(boxes, (0, 5, 25, 30)).tolist() == [
+        [0, 5, 25, 30], [10, 10, 20, 20], [25, 30, 25, 30]]
     assert data.clip_boxes(torch.zeros(0, 4), (0, 0, 9, 9)).shape == (0, 4)
 
 
@@ -218,13 +214,13 @@ def test_normalising_can_be_undone():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
     image = data.normalise(pixels)
     assert image.shape == (3, 5, 7) and image.is_contiguous()
-    assert torch.allclose(image[1, 2, 3], torch.tensor((pixels[2, 3, 1] / 255 - 0.456) / 0.224, dtype=torch.float32))
+    expected = torch.tensor((pixels[2, 3, 1] / 255 - 0.456) / 0.224, dtype=torch.float32)
+    assert torch.allclose(image[1, 2, 3], expected)
     assert np.array_equal(data.denormalise(image), pixels)
     assert np.array_equal(data.denormalise(torch.stack([image, image])), np.stack([pixels, pixels]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image files
+# ---------------------------------------------------------------- Image files
 
 ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
 
@@ -236,7 +232,7 @@ def as_palette(image):
 @pytest.mark.parametrize("make, suffix, expected", [
     (lambda: Image.new("L", (4, 4), 77), "png", (77, 77, 77)),
     (lambda: Image.new("1", (4, 4), 1), "png", (255, 255, 255)),
-    (lambda: Image.new("LA", (4, 4), (0, 51)), "png", (204, 204, 204)),                     # on white
+    (lambda: Image.new("LA", (4, 4), (0, 51)), "png", (204, 204, 204)),  # on white
     (lambda: Image.new("RGBA", (4, 4), (10, 20, 30, 255)), "png", (10, 20, 30)),
     (lambda: Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "png", (255, 255, 255)),
     (lambda: as_palette(Image.new("RGB", (4, 4), (200, 100, 50))), "png", (200, 100, 50)),
@@ -244,7 +240,8 @@ def as_palette(image):
     (lambda: Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "jpg", (254, 0, 0)),
     (lambda: Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "tiff", (255, 0, 0)),
     (lambda: Image.fromarray(np.full((4, 4), 32896, np.uint16)), "png", (128, 128, 128)),
-    (lambda: Image.fromarray(np.full((4, 4), 300, np.uint16)), "tiff", (1, 1, 1)),          # 16 bits, however dark
+    # 16 bits, however dark
+    (lambda: Image.fromarray(np.full((4, 4), 300, np.uint16)), "tiff", (1, 1, 1)),
     (lambda: Image.fromarray(np.full((4, 4), 32896, np.int32)), "tiff", (128, 128, 128)),
     (lambda: Image.fromarray(np.full((4, 4), 200, np.int32)), "tiff", (200, 200, 200)),
     (lambda: Image.fromarray(np.full((4, 4), 0.5, np.float32)), "tiff", (128, 128, 128)),
@@ -267,7 +264,8 @@ def test_sixteen_bits_are_scaled_in_either_byte_order(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "little.tiff")
     (tmp_path / "big.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
     for name in ("little.tiff", "big.pgm"):
-        assert np.abs(np.asarray(data.open_image(tmp_path / name))[..., 0] - ramp / 257).max() <= 0.5 + 1e-6
+        grey = np.asarray(data.open_image(tmp_path / name))[..., 0]
+        assert np.abs(grey - ramp / 257).max() <= 0.5 + 1e-6
 
 
 def test_of_an_animation_the_first_frame_is_read(tmp_path):
@@ -280,9 +278,12 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
 def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
-    """The stored rows and columns are the upright picture's, turned as the tag says; the draft must not mix them up."""
+    """The stored rows and columns are the upright picture's, turned as the tag says; the draft must
+    not mix them up.
+    """
     upright = block_picture((400, 240), (40, 24, 160, 96))
-    stored = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}[orientation]   # the inverse Transpose
+    # the inverse Transpose
+    stored = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}[orientation]
     image = upright
     for step in stored:
         image = image.transpose(step)
@@ -290,7 +291,8 @@ def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
     exif[0x0112] = orientation
     image.save(tmp_path / f"a.{suffix}", exif=exif)
     read = data.open_image(tmp_path / f"a.{suffix}")
-    assert read.size == (400, 240) and np.abs(np.asarray(read, int) - np.asarray(upright)).mean() < 2
+    assert read.size == (400, 240)
+    assert np.abs(np.asarray(read, int) - np.asarray(upright)).mean() < 2
     image, view, size = data.load_image(tmp_path / f"a.{suffix}", (24, 40))
     assert size == (400, 240) and view == (0, 0, 400, 240)
     assert np.abs(where_white(image) - (4, 2.4, 16, 9.6)).max() < 1
@@ -300,24 +302,31 @@ def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
 
 def test_jpegs_are_decoded_at_reduced_scale_but_not_below_the_target(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
-    Image.fromarray(noise).resize((1000, 750), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
-    sizes = {n: pictures.decode(tmp_path / "a.jpg", (n, n))[0].size for n in (64, 93, 94, 224, 376, 800)}
-    assert sizes == {64: (125, 94), 93: (125, 94), 94: (250, 188), 224: (500, 375), 376: (1000, 750), 800: (1000, 750)}
+    original = Image.fromarray(noise).resize((1000, 750), Image.Resampling.BICUBIC)
+    original.save(tmp_path / "a.jpg", quality=95)
+    sizes = {n: pictures.decode(tmp_path / "a.jpg", (n, n)).picture.size
+             for n in (64, 93, 94, 224, 376, 800)}
+    assert sizes == {64: (125, 94), 93: (125, 94), 94: (250, 188), 224: (500, 375),
+                     376: (1000, 750), 800: (1000, 750)}
     reduced = data.denormalise(data.load_image(tmp_path / "a.jpg", 96)[0]).astype(float)
-    full = np.asarray(data.open_image(tmp_path / "a.jpg").resize((96, 96), Image.Resampling.BILINEAR), float)
+    full = data.open_image(tmp_path / "a.jpg").resize((96, 96), Image.Resampling.BILINEAR)
+    full = np.asarray(full, float)
     assert np.abs(reduced - full).mean() < 1.5
 
 
 def bomb():
     def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        sealed = kind + body
+        return struct.pack(">I", len(body)) + sealed + struct.pack(">I", zlib.crc32(sealed))
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 1000)), chunk(b"IEND", b"")
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 1000)),
+              chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"<!DOCTYPE html><html></html>", b"GIF89a", bytes(range(256)),
-                                     bomb()], ids=["empty", "start", "html", "gif", "bytes", "bomb"])
+@pytest.mark.parametrize("content", [
+    b"", b"\xff\xd8", b"<!DOCTYPE html><html></html>", b"GIF89a", bytes(range(256)), bomb(),
+], ids=["empty", "start", "html", "gif", "bytes", "bomb"])
 def test_what_is_no_image_is_named(tmp_path, content):
     file = tmp_path / "odd name é.JPG"
     file.write_bytes(content)
@@ -328,7 +337,7 @@ def test_missing_truncated_and_folders(tmp_path):
     error_of(lambda: data.open_image(tmp_path / "none.jpg"), tmp_path / "none.jpg", "no such")
     error_of(lambda: data.open_image(tmp_path), tmp_path)
     whole = tmp_path / "whole.jpg"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)).save(whole)
+    noise(0, (60, 60)).save(whole)
     for suffix in ("jpg", "png", "tiff", "webp", "bmp"):
         Image.open(whole).save(tmp_path / f"whole.{suffix}")
         content = (tmp_path / f"whole.{suffix}").read_bytes()
@@ -337,7 +346,8 @@ def test_missing_truncated_and_folders(tmp_path):
 
 
 @settings(quick, max_examples=150)
-@given(st.integers(0, 2**32), st.integers(1, 12), st.sampled_from(["jpg", "png", "gif", "tiff", "webp"]))
+@given(st.integers(0, 2**32), st.integers(1, 12),
+       st.sampled_from(["jpg", "png", "gif", "tiff", "webp"]))
 def test_corrupt_image_files_load_or_say_so(tmp_path, seed, edits, suffix):
     rng, file = random.Random(seed), tmp_path / f"a.{suffix}"
     exif = Image.Exif()
@@ -354,28 +364,7 @@ def test_corrupt_image_files_load_or_say_so(tmp_path, seed, edits, suffix):
         assert str(file) in str(error) and "\n" not in str(error)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CUB
-
-BIRD_CLASSES = ["001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross"]
-
-
-@pytest.fixture
-def cub(tmp_path):
-    """The official layout, in small: 3 classes of 4 images, every other one for training."""
-    root = tmp_path / "CUB_200_2011"
-    files = {name: [] for name in ("images", "image_class_labels", "train_test_split", "bounding_boxes")}
-    for i in range(12):
-        label = i // 4
-        name = f"{BIRD_CLASSES[label]}/{BIRD_CLASSES[label][4:]}_{i:04d}_{i * 7}.jpg"
-        picture(root / "images" / name, (40, 30))
-        for lines, rest in zip(files.values(), (name, label + 1, 1 - i % 2, f"{i}.0 2.0 10.0 20.0")):
-            lines.append(f"{i + 1} {rest}\n")
-    files["classes"] = [f"{i} {name}\n" for i, name in enumerate(BIRD_CLASSES, 1)]
-    for name, lines in files.items():
-        (root / f"{name}.txt").write_text("".join(lines))
-    return root
-
+# ---------------------------------------------------------------- CUB
 
 def load_cub(root, split="test", **options):
     return data.load_dataset("cub", root, split, 16, **options)
@@ -383,44 +372,61 @@ def load_cub(root, split="test", **options):
 
 def test_cub_is_read_as_its_files_say(cub):
     train, test = load_cub(cub, "train"), load_cub(cub)
-    assert train.classes == BIRD_CLASSES and len(train) == len(test) == 6 and train.notes == test.notes == []
+    assert train.classes == list(CUB_CLASSES) and len(train) == len(test) == 6
+    assert train.notes == test.notes == []
     assert [s["label"] for s in everything(test)] == [0, 0, 1, 1, 2, 2]
-    assert [s["boxes"].tolist() for s in everything(test)] == [[[i, 2, i + 10, 22]] for i in range(1, 12, 2)]
+    assert [s["boxes"].tolist() for s in everything(test)] == [
+        [[i, 2, i + 10, 22]] for i in range(1, 12, 2)]
     assert {s["path"] for s in everything(train)}.isdisjoint(s["path"] for s in everything(test))
     sample = test[0]
-    assert sample["path"] == str(cub / "images/001.Black_footed_Albatross/Black_footed_Albatross_0001_7.jpg")
-    assert sample["size"] == (40, 30) and sample["view"] == (0, 0, 40, 30) and sample["image"].shape == (3, 16, 16)
+    first = "001.Black_footed_Albatross/Black_footed_Albatross_0001_7.jpg"
+    assert sample["path"] == str(cub / "images" / first)
+    assert sample["size"] == (40, 30) and sample["view"] == (0, 0, 40, 30)
+    assert sample["image"].shape == (3, 16, 16)
     assert sample["boxes"].dtype == torch.float32 and type(sample["label"]) is int
     error_of(lambda: load_cub(cub, "val"), "val")
-    assert [data.has_split("cub", cub, split) for split in ("train", "val", "test")] == [True, False, True]
+    has = [data.has_split("cub", cub, split) for split in ("train", "val", "test")]
+    assert has == [True, False, True]
 
 
 def test_cub_files_may_have_other_line_ends_a_mark_and_blank_lines(cub):
     before = everything(load_cub(cub))
     for file in cub.glob("*.txt"):
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
-    assert all(map(same, before, everything(load_cub(cub))))
+    assert all(map(same_samples, before, everything(load_cub(cub))))
 
 
 CUB_FAULTS = [
-    ("bounding_boxes", 3, "3 1.0 2.0 x 20.0", ":3", "x"), ("bounding_boxes", 3, "3 1.0 2.0 10.0", ":3"),
-    ("bounding_boxes", 3, "3 1.0 2.0 10.0 5.0 5.0", ":3"), ("bounding_boxes", 3, "3 1.0 2.0 -10.0 5.0", ":3", "-10.0"),
-    ("bounding_boxes", 3, "3 1.0 2.0 0 5.0", ":3"), ("bounding_boxes", 3, "3 nan 2.0 10.0 5.0", ":3", "nan"),
-    ("bounding_boxes", 3, "3 inf 2.0 10.0 5.0", ":3"), ("bounding_boxes", 3, "3 1.0 2.0 1e999 5.0", ":3"),
-    ("bounding_boxes", 3, "2 1.0 2.0 10.0 5.0", ":3", "line 2"), ("bounding_boxes", 3, "77 1 2 10 5", ":3", "77"),
+    ("bounding_boxes", 3, "3 1.0 2.0 x 20.0", ":3", "x"),
+    ("bounding_boxes", 3, "3 1.0 2.0 10.0", ":3"),
+    ("bounding_boxes", 3, "3 1.0 2.0 10.0 5.0 5.0", ":3"),
+    ("bounding_boxes", 3, "3 1.0 2.0 -10.0 5.0", ":3", "-10.0"),
+    ("bounding_boxes", 3, "3 1.0 2.0 0 5.0", ":3"),
+    ("bounding_boxes", 3, "3 nan 2.0 10.0 5.0", ":3", "nan"),
+    ("bounding_boxes", 3, "3 inf 2.0 10.0 5.0", ":3"),
+    ("bounding_boxes", 3, "3 1.0 2.0 1e999 5.0", ":3"),
+    ("bounding_boxes", 3, "2 1.0 2.0 10.0 5.0", ":3", "line 2"),
+    ("bounding_boxes", 3, "77 1 2 10 5", ":3", "77"),
     ("bounding_boxes", 3, "", "3", "images.txt:3"), ("bounding_boxes", 3, "3", ":3"),
     ("image_class_labels", 5, "5 4", ":5", "5 4"), ("image_class_labels", 5, "5 0", ":5"),
     ("image_class_labels", 5, "5 two", ":5"), ("image_class_labels", 5, "99 1", ":5", "99"),
     ("image_class_labels", 5, "4 1", ":5"), ("image_class_labels", 5, "", "5"),
-    ("train_test_split", 1, "1 2", ":1"), ("train_test_split", 1, "1", ":1"), ("train_test_split", 1, "1 yes", ":1"),
+    ("train_test_split", 1, "1 2", ":1"), ("train_test_split", 1, "1", ":1"),
+    ("train_test_split", 1, "1 yes", ":1"),
     ("images", 4, "4 gone.jpg", "gone.jpg", "images.txt:4"), ("images", 4, "3 again.jpg", ":4"),
-    ("images", 4, "x y", ":4"), ("images", 4, "4", ":4"), ("images", 4, "4 " + "n" * 5000, "images.txt:4"),
-    ("images", 4, f"4 {BIRD_CLASSES[0]}/Black_footed_Albatross_0001_7.jpg", ":4", "line 2"),
-    ("classes", 2, "3 twice", ":3", "line 2"), ("classes", 2, "7 seven", "from 1 to 7"), ("classes", 2, "two b", ":2"),
+    ("images", 4, "x y", ":4"), ("images", 4, "4", ":4"),
+    ("images", 4, "4 " + "n" * 5000, "images.txt:4"),
+    ("images", 4, f"4 {CUB_CLASSES[0]}/Black_footed_Albatross_0001_7.jpg", ":4", "line 2"),
+    ("classes", 2, "3 twice", ":3", "line 2"), ("classes", 2, "7 seven", "from 1 to 7"),
+    ("classes", 2, "two b", ":2"),
 ]
 
 
-@pytest.mark.parametrize("name, line, replacement, parts", [(f[0], f[1], f[2], f[3:]) for f in CUB_FAULTS])
+CUB_FILES = ("images", "image_class_labels", "train_test_split", "bounding_boxes", "classes")
+
+
+@pytest.mark.parametrize("name, line, replacement, parts", [
+    (name, line, replacement, parts) for name, line, replacement, *parts in CUB_FAULTS])
 def test_cub_faults_name_file_and_line(cub, name, line, replacement, parts):
     file = cub / f"{name}.txt"
     lines = file.read_text().split("\n")
@@ -429,7 +435,7 @@ def test_cub_faults_name_file_and_line(cub, name, line, replacement, parts):
     error_of(lambda: load_cub(cub), f"{name}.txt", *parts)
 
 
-@pytest.mark.parametrize("name", ["images", "image_class_labels", "train_test_split", "bounding_boxes", "classes"])
+@pytest.mark.parametrize("name", CUB_FILES)
 @pytest.mark.parametrize("fault", ["missing", "empty", "blank", "binary", "folder", "truncated"])
 def test_cub_files_missing_or_broken(cub, name, fault):
     file = cub / f"{name}.txt"
@@ -438,9 +444,10 @@ def test_cub_files_missing_or_broken(cub, name, fault):
     if fault == "folder":
         file.mkdir()
     elif fault != "missing":
-        file.write_bytes({"empty": b"", "blank": b"\n \n", "binary": b"\xff\xfe\0", "truncated": content[:-8]}[fault])
+        file.write_bytes({"empty": b"", "blank": b"\n \n", "binary": b"\xff\xfe\0",
+                          "truncated": content[:-8]}[fault])
     if (name, fault) == ("classes", "truncated"):
-        load_cub(cub)                                                       # a shorter name is a name
+        load_cub(cub)  # a shorter name is a name
     else:
         error_of(lambda: load_cub(cub), f"{name}.txt")
 
@@ -448,9 +455,9 @@ def test_cub_files_missing_or_broken(cub, name, fault):
 def test_cub_root_and_images(cub, tmp_path):
     error_of(lambda: load_cub(tmp_path / "nowhere"), tmp_path / "nowhere", "no such folder")
     error_of(lambda: load_cub(None), "no such folder")
-    shutil.rmtree(cub / "images" / BIRD_CLASSES[1])
-    error_of(lambda: load_cub(cub), BIRD_CLASSES[1], "images.txt:6")
-    error_of(lambda: load_cub(cub, "train"), BIRD_CLASSES[1], "images.txt:5")
+    shutil.rmtree(cub / "images" / CUB_CLASSES[1])
+    error_of(lambda: load_cub(cub), CUB_CLASSES[1], "images.txt:6")
+    error_of(lambda: load_cub(cub, "train"), CUB_CLASSES[1], "images.txt:5")
 
 
 def test_boxes_beyond_their_images_are_clipped_and_counted(cub):
@@ -458,21 +465,25 @@ def test_boxes_beyond_their_images_are_clipped_and_counted(cub):
     lines[1], lines[3], lines[5] = "2 -5 -5 100 20", "4 400 1 10 10", "6 0 0 40 30"
     (cub / "bounding_boxes.txt").write_text("\n".join(lines))
     dataset = load_cub(cub)
-    assert [dataset[i]["boxes"].tolist() for i in range(3)] == [[[0, 0, 40, 15]], [], [[0, 0, 40, 30]]]
+    assert [dataset[i]["boxes"].tolist() for i in range(3)] == [
+        [[0, 0, 40, 15]], [], [[0, 0, 40, 30]]]
     assert dataset[1]["boxes"].shape == (0, 4)
     clipped, outside, unscored = dataset.notes
-    assert clipped.startswith("1 ") and outside.startswith("1 ") and unscored.startswith("1 of 6 test images")
+    assert clipped.startswith("1 ") and outside.startswith("1 ")
+    assert unscored.startswith("1 of 6 test images")
 
 
-@pytest.mark.parametrize("limit, kept", [(1, [0]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), (6, range(6)), (99, range(6)),
-                                         (None, range(6))])
+@pytest.mark.parametrize("limit, kept", [
+    (1, [0]), (3, [0, 2, 4]), (4, [0, 1, 3, 4]), (6, range(6)), (99, range(6)), (None, range(6))])
 def test_limit_spreads_over_the_split(cub, limit, kept):
     paths = [sample["path"] for sample in everything(load_cub(cub))]
-    assert [sample["path"] for sample in everything(load_cub(cub, limit=limit))] == [paths[i] for i in kept]
+    limited = everything(load_cub(cub, limit=limit))
+    assert [sample["path"] for sample in limited] == [paths[i] for i in kept]
     assert data.load_dataset("synthetic", None, "test", 16, limit=4).indices == [0, 250, 500, 750]
 
 
-bytes_to_put = st.binary(max_size=6) | st.sampled_from([b"\n", b" ", b"-", b"nan", b'"', b"<", b"9" * 400])
+bytes_to_put = st.binary(max_size=6) | st.sampled_from(
+    [b"\n", b" ", b"-", b"nan", b'"', b"<", b"9" * 400])
 
 
 def corrupted(content, at, cut, put):
@@ -481,7 +492,7 @@ def corrupted(content, at, cut, put):
 
 
 def loads_or_says_so(load, file, content):
-    """With this content `file` loads wholly, or the DataError is one line; either way the file is put back."""
+    """With this content `file` loads wholly, or the DataError is one line; then it is put back."""
     before = file.read_bytes()
     file.write_bytes(content)
     try:
@@ -493,40 +504,15 @@ def loads_or_says_so(load, file, content):
 
 
 @settings(quick, max_examples=200)
-@given(name=st.sampled_from(["images", "image_class_labels", "train_test_split", "bounding_boxes", "classes"]),
+@given(name=st.sampled_from(CUB_FILES),
        at=st.floats(0, 1), cut=st.integers(0, 12), put=bytes_to_put)
 def test_corrupt_cub_files_load_or_say_so(cub, name, at, cut, put):
     file = cub / f"{name}.txt"
-    loads_or_says_so(lambda: load_cub(cub, limit=2), file, corrupted(file.read_bytes(), at, cut, put))
+    content = corrupted(file.read_bytes(), at, cut, put)
+    loads_or_says_so(lambda: load_cub(cub, limit=2), file, content)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ILSVRC
-
-WNIDS = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish, Carassius auratus", "n02012849": "crane"}
-
-
-def xml(wnid, *boxes):
-    objects = "".join(f"<object><name>{wnid}</name><difficult>0</difficult><bndbox><xmin>{b[0]}</xmin>"
-                      f"<ymin>{b[1]}</ymin><xmax>{b[2]}</xmax><ymax>{b[3]}</ymax></bndbox></object>" for b in boxes)
-    return f"<annotation><folder>val</folder><size><width>50</width></size>{objects}</annotation>\n"
-
-
-def write_ilsvrc(images, annotations, flat, mapping=None):
-    """Official names; train has 2 images a class, val 2, with 1 and 2 boxes."""
-    number = 0
-    for wnid in WNIDS:
-        for i in (10, 9):
-            picture(images / "train" / wnid / f"{wnid}_{i}.JPEG", (50, 40))
-        for boxes in [[(1, 2, 30, 40)], [(0, 0, 10, 10), (5, 6, 50, 40)]]:
-            number += 1
-            stem = f"ILSVRC2012_val_{number:08d}"
-            picture(images / "val" / ("" if flat else wnid) / f"{stem}.JPEG", (50, 40))
-            annotations.mkdir(parents=True, exist_ok=True)
-            (annotations / f"{stem}.xml").write_text(xml(wnid, *boxes))
-    if mapping:
-        mapping.write_text("".join(f"{wnid} {words}\n" for wnid, words in reversed(WNIDS.items())))
-
+# ---------------------------------------------------------------- ILSVRC
 
 def load_ilsvrc(root, split="test", **options):
     return data.load_dataset("ilsvrc", root, split, 16, **options)
@@ -534,17 +520,19 @@ def load_ilsvrc(root, split="test", **options):
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize("images, annotations, mapping, root", [
-    ("ILSVRC/Data/CLS-LOC", "ILSVRC/Annotations/CLS-LOC/val", "LOC_synset_mapping.txt", "."),      # Kaggle's archive
+    # Kaggle's archive
+    ("ILSVRC/Data/CLS-LOC", "ILSVRC/Annotations/CLS-LOC/val", "LOC_synset_mapping.txt", "."),
     ("ILSVRC/Data/CLS-LOC", "ILSVRC/Annotations/CLS-LOC/val", "LOC_synset_mapping.txt", "ILSVRC"),
     ("i/Data/CLS-LOC", "i/Annotations/CLS-LOC/val", "i/LOC_synset_mapping.txt", "i"),
     ("i", "i/Annotations/val", None, "i"),
     ("i", "i/Annotations/CLS-LOC/val", None, "i"),
-    ("i", "i/val", None, "i"),                                                                 # beside the images
+    ("i", "i/val", None, "i"),  # beside the images
 ])
 def test_ilsvrc_layouts(tmp_path, images, annotations, mapping, root, flat):
     write_ilsvrc(tmp_path / images, tmp_path / annotations, flat, mapping and tmp_path / mapping)
     train, test = load_ilsvrc(tmp_path / root, "train"), load_ilsvrc(tmp_path / root)
-    assert train.classes == test.classes == (list(WNIDS.values())[::-1] if mapping else sorted(WNIDS))
+    expected = list(WNIDS.values())[::-1] if mapping else sorted(WNIDS)
+    assert train.classes == test.classes == expected
     for dataset in train, test:
         assert dataset.notes == [] and len(dataset) == 6
     order = [2, 2, 1, 1, 0, 0] if mapping else [0, 0, 1, 1, 2, 2]
@@ -552,17 +540,11 @@ def test_ilsvrc_layouts(tmp_path, images, annotations, mapping, root, flat):
     assert [len(s["boxes"]) for s in everything(test)] == [1, 2] * 3
     assert test[0]["boxes"].tolist() == [[1, 2, 30, 40]]
     assert test[1]["boxes"].tolist() == [[0, 0, 10, 10], [5, 6, 50, 40]]
-    wnid = "n02012849" if mapping else "n01440764"                          # the first class
-    assert [Path(s["path"]).name for s in everything(train)][:2] == [f"{wnid}_10.JPEG", f"{wnid}_9.JPEG"]
+    wnid = "n02012849" if mapping else "n01440764"  # the first class
+    assert [Path(s["path"]).name for s in everything(train)][:2] == [
+        f"{wnid}_10.JPEG", f"{wnid}_9.JPEG"]
     assert [s["boxes"].shape for s in everything(train)] == [(0, 4)] * 6
     error_of(lambda: load_ilsvrc(tmp_path / root, "val"), "val")
-
-
-@pytest.fixture
-def ilsvrc(tmp_path):
-    root = tmp_path / "ILSVRC"
-    write_ilsvrc(root / "Data/CLS-LOC", root / "Annotations/CLS-LOC/val", True, root / "LOC_synset_mapping.txt")
-    return root
 
 
 FIRST = "Annotations/CLS-LOC/val/ILSVRC2012_val_00000001.xml"
@@ -570,9 +552,11 @@ BILLION_LAUGHS = '<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]>' + xml("&c
 
 
 @pytest.mark.parametrize("content, part", [
-    ("", "empty"), ("{}", ":1"), ("<annotation><object>\n</annotation>", ":2"), (BILLION_LAUGHS, "document type"),
-    (xml("n01440764"), "0 objects"), (xml("n99999999", (1, 2, 3, 4)), "n99999999"), (xml("", (1, 2, 3, 4)), "class ''"),
-    (xml("n01440764", (3, 2, 3, 4)), "object 1"), (xml("n01440764", (1, 2, 3, 4), (1, 2, "nan", 4)), "object 2"),
+    ("", "empty"), ("{}", ":1"), ("<annotation><object>\n</annotation>", ":2"),
+    (BILLION_LAUGHS, "document type"), (xml("n01440764"), "0 objects"),
+    (xml("n99999999", (1, 2, 3, 4)), "n99999999"), (xml("", (1, 2, 3, 4)), "class ''"),
+    (xml("n01440764", (3, 2, 3, 4)), "object 1"),
+    (xml("n01440764", (1, 2, 3, 4), (1, 2, "nan", 4)), "object 2"),
     (xml("n01440764", (1, 2, "x", 4)), "object 1"),
     ("<annotation><object><name>n01440764</name></object></annotation>", "object 1"),
     ("<annotation><object><bndbox/></object></annotation>", "object 1")])
@@ -585,8 +569,9 @@ def test_ilsvrc_unmatched_images_and_annotations_are_counted(ilsvrc):
     (ilsvrc / FIRST).rename(ilsvrc / FIRST.replace("01.xml", "99.xml"))
     dataset = load_ilsvrc(ilsvrc)
     assert len(dataset) == 5
-    assert dataset.notes[0].startswith("1 annotations have no image") and "00000099.xml" in dataset.notes[0]
-    assert dataset.notes[1].startswith("1 images have no annotation") and "00000001.JPEG" in dataset.notes[1]
+    orphans, bare = dataset.notes
+    assert orphans.startswith("1 annotations have no image") and "00000099.xml" in orphans
+    assert bare.startswith("1 images have no annotation") and "00000001.JPEG" in bare
     shutil.rmtree(ilsvrc / "Annotations")
     error_of(lambda: load_ilsvrc(ilsvrc), "no XML annotations")
 
@@ -615,7 +600,7 @@ def test_ilsvrc_class_folders(ilsvrc):
     error_of(lambda: load_ilsvrc(ilsvrc, "train"), train / "n01443537", "no images")
     shutil.rmtree(train)
     error_of(lambda: load_ilsvrc(ilsvrc, "train"), train)
-    assert len(load_ilsvrc(ilsvrc)) == 6                                    # scoring needs the mapping only
+    assert len(load_ilsvrc(ilsvrc)) == 6  # scoring needs the mapping only
     (ilsvrc / "LOC_synset_mapping.txt").write_text("n01440764 tench\nn01440764 tench\n")
     error_of(lambda: load_ilsvrc(ilsvrc), "LOC_synset_mapping.txt:2")
 
@@ -637,30 +622,7 @@ def test_corrupt_xml_loads_or_says_so(ilsvrc, at, cut, put):
 
 
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder of one's own
-
-@pytest.fixture
-def folder(tmp_path):
-    """Names with spaces, commas, quotes, other alphabets, upper-case suffixes; grey, CMYK; files that are no images."""
-    root = tmp_path / "my data"
-    for name in ("train/chat noir/a b.JPG", "train/Ünïcode/猫.png", "test/chat noir/a, b.JPEG",
-                 'test/chat noir/the "cat".Png', "test/Ünïcode/猫 2.webp", "test/Ünïcode/unboxed.jpg",
-                 "val/Ünïcode/v.bmp"):
-        picture(root / name, (60, 40))
-    Image.new("CMYK", (60, 40)).save(root / "test/chat noir/a, b.JPEG")
-    Image.new("L", (60, 40)).save(root / "train/chat noir/grey.tif")
-    for name in ("train/chat noir/Thumbs.db", "train/.DS_Store", "train/chat noir/.hidden.jpg"):
-        (root / name).write_text("no image")
-    with open(root / "boxes.csv", "w", newline="") as file:
-        csv.writer(file).writerows([
-            ("path", "xmin", "ymin", "xmax", "ymax"), ("test/chat noir/a, b.JPEG", 1, 2, 30.5, 40),
-            ('test/chat noir/the "cat".Png', 1, 1, 2, 2), ("test/Ünïcode/猫 2.webp", 0, 0, 60, 40),
-            ('test/chat noir/the "cat".Png', 3, 3, 9, 9), ("train/Ünïcode/猫.png", 4, 4, 8, 8),
-            ("val/Ünïcode/v.bmp", 1, 1, 9, 9)])
-    return root
-
+# ---------------------------------------------------------------- A folder of one's own
 
 def load_folder(root, split="test", **options):
     return data.load_dataset("folder", root, split, 16, **options)
@@ -669,22 +631,27 @@ def load_folder(root, split="test", **options):
 def test_folder_is_read_as_it_lies(folder):
     train, val, test = (load_folder(folder, split) for split in ("train", "val", "test"))
     assert train.classes == val.classes == test.classes == ["chat noir", "Ünïcode"]
-    assert [s["label"] for s in everything(test)] == [0, 0, 1, 1] and [s["label"] for s in everything(val)] == [1]
+    assert [s["label"] for s in everything(test)] == [0, 0, 1, 1]
+    assert [s["label"] for s in everything(val)] == [1]
     assert [s["boxes"].tolist() for s in everything(test)] == [
         [[1, 2, 30.5, 40]], [[1, 1, 2, 2], [3, 3, 9, 9]], [], [[0, 0, 60, 40]]]
     assert [Path(s["path"]).relative_to(folder).as_posix() for s in everything(train)] == [
         "train/chat noir/a b.JPG", "train/chat noir/grey.tif", "train/Ünïcode/猫.png"]
     assert [len(s["boxes"]) for s in everything(train)] == [0, 0, 1]
-    assert train.notes == val.notes == [] and test.notes == ["1 of 4 test images have no box and are not scored"]
+    assert train.notes == ["1 hidden files or folders are left out (the first: "
+                           f"{folder / 'train/chat noir/.hidden.jpg'})"]
+    assert val.notes == []
+    assert test.notes == ["1 of 4 test images have no box and are not scored"]
 
 
 def test_folder_without_boxes_or_header_or_val(folder):
     before = everything(load_folder(folder))
     rows = (folder / "boxes.csv").read_text()
-    (folder / "boxes.csv").write_text("\n" + rows.split("\n", 1)[1].replace("test/", ".\\test\\", 1))
-    assert all(map(same, before, everything(load_folder(folder))))
+    rows = rows.split("\n", 1)[1].replace("test/", ".\\test\\", 1)
+    (folder / "boxes.csv").write_text("\n" + rows)
+    assert all(map(same_samples, before, everything(load_folder(folder))))
     (folder / "boxes.csv").unlink()
-    assert load_folder(folder, "train").notes == []
+    assert len(load_folder(folder, "train").notes) == 1  # the hidden file
     assert load_folder(folder).notes == ["4 of 4 test images have no box and are not scored"]
     assert data.has_split("folder", folder, "val")
     shutil.rmtree(folder / "val")
@@ -693,7 +660,8 @@ def test_folder_without_boxes_or_header_or_val(folder):
 
 
 @pytest.mark.parametrize("row", [
-    "test/x.jpg,1,2,3", "test/x.jpg,1,2,3,4,5", "test/x.jpg,1,2,three,4", "test/x.jpg,5,2,3,4", "test/x.jpg,1,2,nan,4",
+    "test/x.jpg,1,2,3", "test/x.jpg,1,2,3,4,5", "test/x.jpg,1,2,three,4", "test/x.jpg,5,2,3,4",
+    "test/x.jpg,1,2,nan,4",
     "test/x.jpg", "path,xmin,ymin,xmax,ymax", 'test/x"y,1,2,3,4"', '"test/x.jpg,1,2,3,4'])
 def test_folder_rows_that_are_wrong(folder, row):
     lines = (folder / "boxes.csv").read_text().split("\n")
@@ -734,15 +702,16 @@ def test_a_corrupt_scored_image_shows_when_the_data_set_is_made(folder):
 @given(at=st.floats(0, 1), cut=st.integers(0, 12), put=bytes_to_put)
 def test_corrupt_boxes_load_or_say_so(folder, at, cut, put):
     file = folder / "boxes.csv"
-    loads_or_says_so(lambda: load_folder(folder, limit=2), file, corrupted(file.read_bytes(), at, cut, put))
+    content = corrupted(file.read_bytes(), at, cut, put)
+    loads_or_says_so(lambda: load_folder(folder, limit=2), file, content)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches
+# ---------------------------------------------------------------- Batches
 
 def test_training_samples_are_functions_of_seed_epoch_and_index(folder):
     for load in (lambda seed: load_folder(folder, "train", seed=seed),
-                 lambda seed: data.load_dataset("synthetic", None, "train", 24, limit=3, seed=seed)):
+                 lambda seed: data.load_dataset("synthetic", None, "train", 24, limit=3,
+                                                seed=seed)):
         samples = {}
         for seed in (0, 1):
             dataset = load(seed)
@@ -753,7 +722,7 @@ def test_training_samples_are_functions_of_seed_epoch_and_index(folder):
         for (seed, epoch, index), sample in samples.items():
             dataset = load(seed)
             dataset.epoch = epoch
-            assert same(sample, dataset[index])
+            assert same_samples(sample, dataset[index])
             assert sample["label"] == samples[0, 0, index]["label"] and sample["index"] == index
         plain = load(0)
         plain.augment = False
@@ -762,7 +731,8 @@ def test_training_samples_are_functions_of_seed_epoch_and_index(folder):
 
 def test_collate(folder):
     batch = data.collate(everything(load_folder(folder)))
-    assert {key: tuple(batch[key].shape) for key in ("image", "label", "size", "view", "index")} == {
+    keys = "image", "label", "size", "view", "index"
+    assert {key: tuple(batch[key].shape) for key in keys} == {
         "image": (4, 3, 16, 16), "label": (4,), "size": (4, 2), "view": (4, 4), "index": (4,)}
     assert batch["label"].dtype == batch["size"].dtype == batch["index"].dtype == torch.int64
     assert batch["view"].dtype == torch.float32
@@ -799,21 +769,23 @@ def test_an_unreadable_image_is_one_line_out_of_a_worker_too(folder, workers):
     assert message.startswith(str(broken))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The contact sheet
+# ---------------------------------------------------------------- The contact sheet
 
 def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True,
+                          text=True, timeout=120)
 
 
 def test_contact_sheet_of_a_folder_with_odd_images_says_nothing_on_stderr(folder):
     odd = Image.new("P", (60, 40))
     odd.putpalette([255, 0, 0, 0, 255, 0])
-    odd.save(folder / "test/Ünïcode/palette.png", transparency=bytes([0, 255]))         # Pillow warns of these
+    # Pillow warns of these
+    odd.save(folder / "test/Ünïcode/palette.png", transparency=bytes([0, 255]))
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 30
     picture(folder / "test/Ünïcode/exif.jpg", (60, 40), exif=exif)
     done = run("--data", "folder", "--root", folder, "--out", folder / "sheet.png")
-    assert (done.returncode, done.stderr) == (0, "") and "3 of 6 test images have no box" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 of 6 test images have no box" in done.stdout
     assert Image.open(folder / "sheet.png").size == (1152, 192)
     assert not list(folder.glob("partial*"))
 
@@ -822,4 +794,5 @@ def test_contact_sheet_errors_are_one_line(cub):
     (cub / "images.txt").write_text("1 a\n1 b\n")
     done = run("--data", "cub", "--root", cub, "--out", cub / "sheet.png")
     assert done.returncode == 1 and done.stdout == "" and not (cub / "sheet.png").exists()
-    assert done.stderr.startswith("data.py: error: ") and done.stderr.count("\n") == 1 and "images.txt:2" in done.stderr
+    assert done.stderr.startswith("data.py: error: ") and done.stderr.count("\n") == 1
+    assert "images.txt:2" in done.stderr
