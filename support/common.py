@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -196,6 +197,15 @@ def choose_amp(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """The precision of a forward pass, in train.py and evaluate.py alike."""
     return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
+
+
+def commit() -> str:
+    """Of the code; empty without git or a repository."""
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                               text=True, cwd=Path(__file__).parent)
+        return found.stdout.strip()
+    return ""
 
 
 def machine() -> str:

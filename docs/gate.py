@@ -1,0 +1,131 @@
+"""How the CDM's scores fare at different learning rates: heads alone, on a frozen backbone.
+
+    python docs/gate.py --root PHOTOS --pretrained vit_s14.pth [--json FILE]
+
+PHOTOS has CUB's layout. The backbone's tokens and maps are computed once; then each head trains
+on them for 60 steps of 32 images with train.py's optimizer and schedule, for three rates and three
+seeds. docs/results/gate.json holds such a run, three minutes on a CPU core.
+"""
+
+import argparse
+import datetime
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data
+import evaluate
+import train
+from lctr import ARCHITECTURES, LCTR, Localization, fuse, load_pretrained, mean_over_blocks
+from support.boxes import to_input
+from support.common import commit, machine, progress, write_json
+
+RATES, SEEDS, STEPS, BATCH = (5e-5, 3e-4, 1e-3), (0, 1, 2), 60, 32
+COUPLINGS = ("none", "cls", "relation")
+
+
+def build(flags, num_classes: int, head: str) -> LCTR:
+    width, depth, heads = ARCHITECTURES["small"]
+    return LCTR(num_classes, flags.img_size, flags.patch_size, width, depth, heads, head=head)
+
+
+@torch.no_grad()
+def read(model: LCTR, dataset) -> dict:
+    """Tokens (n, N+1, D), both attention maps (n, h, w), labels (n,) and boxes of a data set."""
+    batches = [list(range(i, min(i + BATCH, len(dataset)))) for i in range(0, len(dataset), BATCH)]
+    parts = []
+    for batch in progress(list(data.loader(dataset, batches, 0)), "backbone"):
+        tokens, maps = model.forward_features(batch["image"], "relation")
+        parts.append({
+            "tokens": tokens, "label": batch["label"],
+            "cls_map": model.on_grid(mean_over_blocks(maps, "cls")[:, 1:]),
+            "relation_map": model.on_grid(mean_over_blocks(maps, "relation")),
+            "boxes": to_input(batch["boxes"], batch["view"], model.img_size)[:, :1]})
+    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def fit(model: LCTR, images: dict, rate: float, seed: int) -> dict:
+    """Trains the head; its loss over the last ten steps and the range of its mean score."""
+    optimizer = train.adamw(model, train.PAPER["weight_decay"], 1.0, len(model.blocks))
+    epochs = itertools.count()
+    batches = itertools.chain.from_iterable(
+        train.epoch_batches(len(images["label"]), BATCH, seed, epoch) for epoch in epochs)
+    losses, means = [], []
+    model.train()
+    for step, batch in zip(range(STEPS), batches):
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate(step, STEPS, STEPS / 10, rate) * group["scale"]
+        logits, scores = model.classify(images["tokens"][batch], images["cls_map"][batch])
+        loss = F.cross_entropy(logits, images["label"][batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        means.append(0.5 if scores is None else scores.mean().item())
+    return {"loss": float(np.mean(losses[-10:])), "score_mean": [min(means), max(means)]}
+
+
+@torch.no_grad()
+def test(model: LCTR, images: dict, mean_scores: bool = False) -> dict:
+    """Accuracy and boxes in percent; mean_scores: each image's scores replaced by their mean."""
+    features = model.on_grid(images["tokens"][:, 1:])
+    logits, scores = model.eval().classify(images["tokens"], images["cls_map"])
+    found = {}
+    if scores is not None:
+        found["score_std"] = scores.std(0).mean().item()
+        if mean_scores:
+            scores = scores.mean(0, keepdim=True).expand_as(scores).contiguous()
+        logits = model.cdm.logits(features, scores)
+    classes = logits.argmax(1, keepdim=True)
+    maps = model.class_maps(images["tokens"], scores, classes)
+    localization = Localization(logits, classes, maps, images["cls_map"], images["relation_map"])
+    found["top1_cls"] = percent(classes[:, 0] == images["label"])
+    for coupling in COUPLINGS:
+        big = evaluate.enlarge(fuse(localization, coupling)[:, 0][None], model.img_size)[0]
+        box = evaluate.largest_boxes(big, [evaluate.DEFAULT_THRESHOLD])  # (n, 1, 4)
+        found[coupling] = percent(evaluate.box_iou(box, images["boxes"])[:, 0] > evaluate.HIT)
+    return found
+
+
+def percent(hits: Tensor) -> float:
+    return 100 * hits.double().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", required=True, help="photographs in CUB's layout")
+    parser.add_argument("--pretrained", required=True, help="a ViT-S backbone")
+    parser.add_argument("--patch-size", type=int, default=14)
+    parser.add_argument("--img-size", type=int, default=196)
+    parser.add_argument("--json", metavar="FILE", help="where the rows go")
+    flags = parser.parse_args()
+    sets = [data.load_dataset("cub", flags.root, split, flags.img_size, augment=False)
+            for split in ("train", "test")]
+    backbone = build(flags, 2, "token").eval()
+    load_pretrained(backbone, flags.pretrained)
+    train_images, test_images = (read(backbone, dataset) for dataset in sets)
+    rows = []
+    for rate, seed, head in itertools.product(RATES, SEEDS, ("conv", "cdm")):
+        torch.manual_seed(seed)
+        model = build(flags, len(sets[0].classes), head)
+        row = {"rate": rate, "seed": seed, "head": head, **fit(model, train_images, rate, seed),
+               "test": test(model, test_images)}
+        if head == "cdm":
+            row["test_with_mean_scores"] = test(model, test_images, mean_scores=True)
+        rows.append(row)
+        print(row, flush=True)
+    if flags.json:
+        about = {"command": "python docs/gate.py --root PHOTOS --pretrained VIT_S14.pth",
+                 "commit": commit(), "date": str(datetime.date.today()), "machine": machine()}
+        write_json(flags.json, about | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
