@@ -90,7 +90,7 @@ def read_boxes(root: Path, known: Callable[[str], bool]) -> tuple[dict[str, list
                     f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs "
                     "path,xmin,ymin,xmax,ymax with finite xmin < xmax, ymin < ymax") from None
             path = below(root, name)
-            if path not in boxes and not known(path):
+            if not known(path):
                 astray.append((rows.line_num, name))
             boxes.setdefault(path, []).append(box)
     except csv.Error as error:

@@ -232,8 +232,7 @@ def split_by_name(images: Sequence[list[str]]) -> dict[str, list[list[str]]]:
         parts.append(part)
     if not any("test" in part.values() for part in parts):
         for part in parts:
-            train = [name for name in part if part[name] == "train"]
-            if len(train) > 1:
-                part[max(train, key=place_of)] = "test"
+            if len(part) > 1:
+                part[max(part, key=place_of)] = "test"
     return {split: [[name for name in part if part[name] == split] for part in parts]
             for split in SPLITS}

@@ -300,6 +300,53 @@ def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
         assert pictures.decode(tmp_path / "a.jpg", (100, 30))[0].size == (100, 60)
 
 
+def exif_bytes(orientation, tag, kind, value, orientation_kind=3):
+    """EXIF of an orientation and one other tag, byte by byte, so that it can be wrong."""
+    orientation = struct.pack("<HHI", 0x0112, orientation_kind, 1) + struct.pack("<I", orientation)
+    other = struct.pack("<HHII", tag, kind, 1, 38)
+    rows = b"".join(sorted((orientation, other), key=lambda row: struct.unpack("<H", row[:2])))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + rows + bytes(4) + value + bytes(32)
+
+
+ODD_EXIF = {  # EXIF, and whether its orientation 6 counts
+    "-1/0": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -1, 0)), True),
+    "1/0": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", 1, 0)), True),
+    "0/0": (exif_bytes(6, 0x011A, 5, bytes(8)), True),
+    "-2147483648/1": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -2**31, 1)), True),
+    "a resolution of letters": (exif_bytes(6, 0x011A, 2, b"abcdefgh"), True),
+    "a resolution that is NaN": (exif_bytes(6, 0x011A, 12, b"\xff" * 8), True),
+    "a date that is a number": (exif_bytes(6, 0x0132, 5, struct.pack("<ii", 1, 2)), True),
+    "an artist that is a ratio": (exif_bytes(6, 0x013E, 10, struct.pack("<ii", -1, 0)), True),
+    "an exposure of -1/0": (exif_bytes(6, 0x829A, 10, struct.pack("<ii", -1, 0)), True),
+    "a GPS block that lies nowhere": (exif_bytes(6, 0x8825, 4, bytes(8)), True),
+    "a tag of an unknown type": (exif_bytes(6, 0x9999, 77, bytes(8)), True),
+    "an orientation of four bytes": (exif_bytes(6, 0x011A, 5, bytes(8), 4), True),
+    "orientation 0": (exif_bytes(0, 0x011A, 5, bytes(8)), False),
+    "orientation 9": (exif_bytes(9, 0x011A, 5, bytes(8)), False),
+    "orientation 65535": (exif_bytes(65535, 0x011A, 5, bytes(8)), False),
+    "an orientation of letters": (exif_bytes(6, 0x011A, 5, bytes(8), 2), False),
+    "cut": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -1, 0))[:20], False),
+    "no EXIF inside": (b"Exif\0\0" + b"x" * 40, False),
+    "nothing inside": (b"Exif\0\0", False),
+}
+
+
+@pytest.mark.parametrize("case", ODD_EXIF)
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_picture_is_turned_by_its_orientation_however_odd_its_exif(tmp_path, case, suffix):
+    exif, counts = ODD_EXIF[case]
+    stored = block_picture((400, 240), (40, 24, 160, 96))
+    stored.save(tmp_path / f"a.{suffix}", exif=exif)
+    expected = stored.transpose(Image.Transpose.ROTATE_270) if counts else stored
+    read = data.open_image(tmp_path / f"a.{suffix}")
+    assert read.size == expected.size
+    assert np.abs(np.asarray(read, int) - np.asarray(expected)).mean() < 2
+    image, _, size = data.load_image(tmp_path / f"a.{suffix}", (40, 40))
+    assert size == expected.size
+    right = (40 * 144 / 240, 4, 40 * 216 / 240, 16) if counts else (4, 4, 16, 16)
+    assert np.abs(where_white(image) - right).max() < 1
+
+
 def test_jpegs_are_decoded_at_reduced_scale_but_not_below_the_target(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
     original = Image.fromarray(noise).resize((1000, 750), Image.Resampling.BICUBIC)
