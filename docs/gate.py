@@ -23,17 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
 import train
-from lctr import ARCHITECTURES, LCTR, Localization, fuse, load_pretrained, mean_over_blocks
+from lctr import LCTR, Localization, fuse, mean_over_blocks
 from support.boxes import to_input
 from support.common import commit, machine, progress, write_json
+from support.weights import read_weights
 
 RATES, SEEDS, STEPS, BATCH = (5e-5, 3e-4, 1e-3), (0, 1, 2), 60, 32
 COUPLINGS = ("none", "cls", "relation")
-
-
-def build(flags, num_classes: int, head: str) -> LCTR:
-    width, depth, heads = ARCHITECTURES["small"]
-    return LCTR(num_classes, flags.img_size, flags.patch_size, width, depth, heads, head=head)
 
 
 @torch.no_grad()
@@ -54,9 +50,9 @@ def read(model: LCTR, dataset) -> dict:
 def fit(model: LCTR, images: dict, rate: float, seed: int) -> dict:
     """Trains the head; its loss over the last ten steps and the range of its mean score."""
     optimizer = train.adamw(model, train.PAPER["weight_decay"], 1.0, len(model.blocks))
-    epochs = itertools.count()
+    count = len(images["label"])
     batches = itertools.chain.from_iterable(
-        train.epoch_batches(len(images["label"]), BATCH, seed, epoch) for epoch in epochs)
+        train.epoch_batches(count, min(BATCH, count), seed, epoch) for epoch in itertools.count())
     losses, means = [], []
     model.train()
     for step, batch in zip(range(STEPS), batches):
@@ -101,20 +97,19 @@ def percent(hits: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", required=True, help="photographs in CUB's layout")
-    parser.add_argument("--pretrained", required=True, help="a ViT-S backbone")
-    parser.add_argument("--patch-size", type=int, default=14)
+    parser.add_argument("--pretrained", required=True, help="a file of a ViT's weights")
     parser.add_argument("--img-size", type=int, default=196)
     parser.add_argument("--json", metavar="FILE", help="where the rows go")
     flags = parser.parse_args()
     sets = [data.load_dataset("cub", flags.root, split, flags.img_size, augment=False)
             for split in ("train", "test")]
-    backbone = build(flags, 2, "token").eval()
-    load_pretrained(backbone, flags.pretrained)
+    content = read_weights(flags.pretrained)
+    backbone, about = evaluate.backbone(flags.pretrained, content, flags.img_size)
     train_images, test_images = (read(backbone, dataset) for dataset in sets)
     rows = []
     for rate, seed, head in itertools.product(RATES, SEEDS, ("conv", "cdm")):
         torch.manual_seed(seed)
-        model = build(flags, len(sets[0].classes), head)
+        model = LCTR(len(sets[0].classes), **about["config"] | {"head": head})
         row = {"rate": rate, "seed": seed, "head": head, **fit(model, train_images, rate, seed),
                "test": test(model, test_images)}
         if head == "cdm":

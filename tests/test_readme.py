@@ -111,7 +111,7 @@ def test_command(command, place, monkeypatch):
             tiny = TINY["train.py"].split()
             status, errors = torchrun(*flags, *tiny, "--out", place / "run")
             assert status == 0 and (place / "run/metrics.json").exists(), errors
-        case ["python", "docs/speed.py" | "docs/study.py", *flags]:
+        case ["python", "docs/speed.py" | "docs/study.py" | "docs/gate.py", *flags]:
             assert help_of(command.split()[1])  # their own tests run them
         case _:
             pytest.fail(f"no test knows how to run {command!r}")
