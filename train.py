@@ -333,7 +333,7 @@ def finish(config: dict, val_set, test_set) -> None:
     write_checkpoint(out / "best.pt", best)
     if process()[0] == 0:
         metrics = evaluate.summarise(scores, threshold)
-        write_png(out / "loss.png", draw_loss([e for e in read_log(out) if "loss" in e]))
+        write_png(out / "loss.png", draw_loss(read_log(out)))
         evaluate.report(out, model, test_set, scores, metrics, coupling, threshold)
         print(f"\n{evaluate.format_table(metrics, coupling)}\n\nreport and pictures in {out}")
     last = read_weights(out / "last.pt")  # its word decides whether the run is finished

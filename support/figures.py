@@ -404,56 +404,38 @@ def ticks(low: float, high: float) -> list[tuple[float, str]]:
     return [(i * step, f"{i * step:.6g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def draw_loss(rows: Sequence[dict]) -> Image.Image:
-    """The training loss over steps. rows: {"step", "loss"}, and "epoch" for each epoch's mean.
+def draw_loss(log: Sequence[dict]) -> Image.Image:
+    """The training loss over steps: log.jsonl's entries, of steps ("loss") and of epochs' ends.
 
-    Rows without an epoch get a running mean over a tenth of them. Where the step falls, another
-    phase begins: its steps are counted on from a dashed line, which "phase" names.
+    A second phase's steps are counted on from a dashed line, which names it.
     """
-    phases, offset, last = [[]], 0, 0
-    starts = {}
-    for row in rows:
-        if row["step"] < last:
-            offset += last
-            phases.append([])
-        starts.setdefault(offset, row.get("phase", ""))
-        last = row["step"]
-        if math.isfinite(row["loss"]):
-            phases[-1].append((offset + last, float(row["loss"]), row.get("epoch")))
-    points = [point for phase in phases for point in phase]
-    steps, losses = [p[0] for p in points] or [0], [p[1] for p in points] or [0.0]
-    low, high = min(0.0, min(losses)), max(losses)
-    plot = Plot((0, max(max(steps), 1)), (low, high * 1.05 if high > low else low + 1))
-    by_epoch = all(epoch is not None for *_, epoch in points)
-    note = f"{len(points)} logged steps" if points else "no step has been logged"
+    series, starts, offset = [], {}, 0
+    for phase in dict.fromkeys(entry["phase"] for entry in log):
+        entries = [entry for entry in log if entry["phase"] == phase]
+        series.append([[(offset + entry["step"], entry[key]) for entry in entries
+                        if math.isfinite(entry.get(key, math.nan))]
+                       for key in ("loss", "mean_loss")])
+        starts[offset] = phase
+        offset += max(entry["step"] for entry in entries)
+    losses = [loss for phase in series for points in phase for _, loss in points] or [0.0]
+    low, high = min(0.0, *losses), max(losses)
+    plot = Plot((0, max(offset, 1)), (low, high * 1.05 if high > low else low + 1))
+    note = f"{sum(len(steps) for steps, _ in series)} logged steps"
     plot.axes(ticks(*plot.x_range), ticks(*plot.y_range), "step", "Training loss", note)
     for start, name in starts.items() if len(starts) > 1 else ():
         for i in range(0, 100, 2):
             y0, y1 = (low + part / 100 * (plot.y_range[1] - low) for part in (i, i + 1))
             plot.line([(start, y0), (start, y1)], GREY, 1)
-        plot.text(plot.at(start, low), str(name), "lb", 13, GREY, shift=(5, -4))
-    for phase in filter(None, phases):
-        plot.line([point[:2] for point in phase], LINES["none"], 1)
-        mean = mean_loss(phase, by_epoch)
-        plot.line(mean, LINES["relation"], 3)
-        for x, y in mean if len(mean) < 30 else ():
+        plot.text(plot.at(start, low), name, "lb", 13, GREY, shift=(5, -4))
+    for steps, epochs in series:
+        for points, colour, width in (steps, LINES["none"], 1), (epochs, LINES["relation"], 3):
+            if points:
+                plot.line(points, colour, width)
+        for x, y in epochs if len(epochs) < 30 else ():
             plot.dot(x, y, LINES["relation"], 5)
-    if points:
-        plot.key([("a step's loss", LINES["none"], 1), (
-            "mean of each epoch" if by_epoch else "running mean", LINES["relation"], 3)])
+    plot.key([("a step's loss", LINES["none"], 1),
+              ("mean of an epoch, at its end", LINES["relation"], 3)])
     return plot.finish()
-
-
-def mean_loss(points: Sequence[tuple], by_epoch: bool) -> list[tuple[float, float]]:
-    """(step, mean loss) of each epoch, or of a running tenth of the (step, loss, epoch)."""
-    if not by_epoch:
-        n = max(1, len(points) // 10)
-        return [(step, float(np.mean([loss for _, loss, _ in points[max(0, i - n + 1):i + 1]])))
-                for i, (step, _, _) in enumerate(points)]
-    groups = {}
-    for step, loss, epoch in points:
-        groups.setdefault(epoch, []).append((step, loss))
-    return [tuple(np.mean(group, 0)) for group in groups.values()]
 
 
 # ---------------------------------------------------------------- a user's own photographs

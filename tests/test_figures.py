@@ -85,13 +85,16 @@ def test_a_name_that_no_font_has_loses_its_accents_first(monkeypatch):
         figures.writable.cache_clear()
 
 
-ROWS = [{"step": s, "loss": 2 / s, "epoch": s // 10} for s in range(1, 40)]
+STEPS = [{"phase": "main", "step": s, "loss": 2 / s} for s in range(1, 40)]
+EPOCHS = [{"phase": "main", "step": s, "mean_loss": 3 / s} for s in (10, 20, 30)]
 
 
 @pytest.mark.parametrize("rows", [
-    [], ROWS[:1], ROWS, [{k: row[k] for k in ("step", "loss")} for row in ROWS], ROWS + ROWS,
-    [{"step": 1, "loss": float("nan")}], [{"step": 1, "loss": 0.0}, {"step": 2, "loss": 0.0}],
-    [{"step": 5, "loss": -3.0}, {"step": 6, "loss": 1e9}],
+    [], STEPS[:1], STEPS, EPOCHS, STEPS + EPOCHS,
+    [row | {"phase": "pretrain"} for row in STEPS] + STEPS + EPOCHS,
+    [{"phase": "main", "step": 1, "loss": float("nan")}],
+    [{"phase": "main", "step": 1, "loss": 0.0}, {"phase": "main", "step": 2, "loss": 0.0}],
+    [{"phase": "main", "step": 5, "loss": -3.0}, {"phase": "main", "step": 6, "loss": 1e9}],
 ])
 def test_any_loss_is_drawn(rows):
     assert figures.draw_loss(rows).size == (860, 520)
