@@ -17,11 +17,11 @@ Anything wrong in a file raises DataError, one line that names it.
 
     # a contact sheet with boxes: check your own data
     python data.py --data cub --root CUB_200_2011 --out sheet.png
-
+    # boxes.csv from annotations of other tools
+    python data.py --convert coco FILE|voc DIR|yolo DIR --root mydata --out mydata/boxes.csv
 """
 from __future__ import annotations
 
-import argparse
 import hashlib
 import multiprocessing
 import os
@@ -44,7 +44,10 @@ from support.annotations import (notes_of, of_class, parse_box, place_all, read_
                                  read_table)
 from support.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
                            draw_birds)
-from support.common import pair, progress
+from support.common import Parser, pair, progress, write_text
+from support.convert import READERS as CONVERTERS
+from support.convert import convert
+from support.figures import class_name, fit_text, is_ours, put, write_png
 from support.folders import (flatten, has_val, is_image, list_classes, list_flat, list_images,
                              list_split)
 from support.pictures import (MEAN, STD, DataError, check_images, clip_boxes,  # noqa: F401
@@ -440,19 +443,9 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Iter
         raise error.with_traceback(None)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="A contact sheet: 24 samples of a data set, with their boxes.")
-    parser.add_argument("--data", choices=DATASETS, default="synthetic")
-    parser.add_argument("--root", type=Path)
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png")
-    args = parser.parse_args()
-    if args.data != "synthetic" and args.root is None:
-        parser.error(f"--root: --data {args.data} needs the folder of the data")
+def contact_sheet(name: str, root: Path | None, split: str, out: Path) -> None:
     side = 192
-    size = 64 if args.data == "synthetic" else side
-    dataset = load_dataset(args.data, args.root, args.split, size, limit=24)
+    dataset = load_dataset(name, root, split, 64 if name == "synthetic" else side, limit=24)
     sheet = Image.new("RGB", (6 * side, -(-len(dataset) // 6) * side))
     for i, sample in enumerate(dataset[i] for i in range(len(dataset))):
         tile = Image.fromarray(denormalise(sample["image"])).resize((side, side))
@@ -461,18 +454,54 @@ def main() -> None:
         scale = side / torch.tensor([x1 - x0, y1 - y0])
         for box in (sample["boxes"].view(-1, 2, 2) - torch.tensor([x0, y0])) * scale:
             draw.rectangle([*box.amin(0), *box.amax(0)], outline="red")
-        draw.text((2, 2), dataset.classes[sample["label"]],
-                  fill="white", stroke_width=1, stroke_fill="black")
+        label = fit_text(class_name(dataset.classes, sample["label"]), 12, side - 4)
+        put(draw, (2, 2), label, 12, "white", stroke_width=1, stroke_fill="black")
         sheet.paste(tile, (i % 6 * side, i // 6 * side))
-    partial_file = args.out.with_name(f"partial-{args.out.name}")
-    sheet.save(partial_file)
-    partial_file.replace(args.out)
-    summary = f"{args.out}: {len(dataset)} samples, {len(dataset.classes)} classes"
+    write_png(out, sheet)
+    summary = f"{out}: {len(dataset)} samples, {len(dataset.classes)} classes"
     print(*dataset.notes, summary, sep="\n")
 
 
-if __name__ == "__main__":
+def convert_boxes(form: str, source: Path, root: Path, out: Path) -> None:
+    text, notes = convert(form, source, root)
+    write_text(out, text)
+    print(*notes, sep="\n")
+    if out.resolve() != (root / "boxes.csv").resolve():
+        print(f"{out}: is read where it lies as {root / 'boxes.csv'}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="data.py", description="A contact sheet: 24 samples of a data set, with "
+                    "their boxes. Or boxes.csv from other annotations.")
+    parser.add_argument("--data", choices=DATASETS, help="data set to show (default: synthetic)")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--split", choices=("train", "val", "test"),
+                        help="part of the data set to show (default: test)")
+    parser.add_argument("--convert", nargs=2, metavar=("FORM", "PATH"), help="write boxes.csv for "
+                        "the images below --root from coco FILE, voc DIR or yolo DIR")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE",
+                        help="a PNG, or with --convert a CSV that does not exist yet")
+    args = parser.parse_args(argv)
+    form, source = args.convert or (None, None)
+    if form not in (None, *CONVERTERS):
+        parser.error(f"--convert: got {form}, need one of {', '.join(CONVERTERS)}, and a path")
+    if form and (args.data or args.split):
+        parser.error("--convert: takes --root and --out alone")
+    if (form or args.data not in (None, "synthetic")) and not (args.root and args.root.is_dir()):
+        parser.error(f"--root: got {args.root}, need the folder of the data")
+    if os.path.lexists(args.out) and (form or not is_ours(args.out)):
+        parser.error(f"--out: {args.out} exists and is not replaced, need another name")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     try:
-        main()
-    except (ValueError, OSError) as error:
+        if form:
+            convert_boxes(form, Path(source), args.root, args.out)
+        else:
+            contact_sheet(args.data or "synthetic", args.root, args.split or "test", args.out)
+    except OSError as error:
+        sys.exit(f"data.py: error: {error.filename or args.out}: {error.strerror or error}")
+    except ValueError as error:
         sys.exit(f"data.py: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -121,10 +121,13 @@ class Objects(NamedTuple):
 
     boxes: list[tuple[str, tuple]]  # (class, (xmin, ymin, xmax, ymax)) as the file says
     stated: tuple[int, int] | None  # <size>: width, height; None where it is missing or 0
-    filename: str
+    picture: str  # <folder>/<filename>
 
 
-def read_objects(file: Path) -> Objects:
+def read_objects(file: Path, from_one: bool = False) -> Objects:
+    """from_one: boxes count pixels from 1 and have their last ones inside; half-open boxes from 0
+    are returned.
+    """
     text, objects = read_text(file), []
     # which may declare entities that expand without end
     if "<!DOCTYPE" in text:
@@ -135,8 +138,9 @@ def read_objects(file: Path) -> Objects:
         raise DataError(f"{file}:{error.position[0]}: not well-formed XML ({error})") from None
     for number, item in enumerate(annotation.findall("object"), 1):
         try:
-            box = parse_box(*(item.findtext(f"bndbox/{side}")
-                              for side in ("xmin", "ymin", "xmax", "ymax")))
+            box = [float(item.findtext(f"bndbox/{side}"))
+                   for side in ("xmin", "ymin", "xmax", "ymax")]
+            box = parse_box(box[0] - from_one, box[1] - from_one, *box[2:])
             objects.append((item.findtext("name").strip(), box))
         except (ValueError, TypeError, AttributeError):
             raise DataError(
@@ -144,7 +148,8 @@ def read_objects(file: Path) -> Objects:
                 "ymin < ymax") from None
     sides = [annotation.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     stated = read_size(*(side or 0 for side in sides), f"{file}: <size>")
-    return Objects(objects, stated, annotation.findtext("filename", "").strip())
+    names = [annotation.findtext(tag, "").strip() for tag in ("folder", "filename")]
+    return Objects(objects, stated, "/".join(names))
 
 
 def read_size(width, height, where: str) -> tuple[int, int] | None:
@@ -174,11 +179,11 @@ def of_class(file: Path, wnid: str | None) -> tuple[str, list, tuple[int, int] |
 
 # ---------------------------------------------------------------- frames
 
-UNSTATED = "annotations state no <size>: their boxes are taken as they are"
-SCALED = ("images have another size than their annotation's <size>, in the same aspect: their "
-          "boxes are scaled")
-UNTOLD = ("images are turned or mirrored by EXIF in a way that their <size> does not show: their "
-          "boxes are taken as the upright picture's")
+UNSTATED = "annotations state no size of their image: their boxes are taken as they are"
+SCALED = ("images have another size than their annotation states, in the same aspect: their boxes "
+          "are scaled")
+UNTOLD = ("images are turned or mirrored by EXIF in a way that no stated size shows: their boxes "
+          "are taken as the upright picture's")
 SIDEWAYS = ("images turned by EXIF have boxes that reach beyond them but not beyond the picture as "
             "stored: needs boxes of the upright picture")
 

@@ -79,12 +79,12 @@ FRAMES = {  # stored size, EXIF's orientation, <size>, box, the right box, words
                               "scaled"),
     "halved, upright": ((30, 20), 6, size_xml(40, 60), BOX, (2.5, 5, 12.5, 17.5), "scaled"),
     "halved, stored": ((30, 20), 6, size_xml(60, 40), BOX, (2.5, 2.5, 15, 12.5), "scaled"),
-    "none": ((60, 40), 1, "", BOX, BOX, "no <size>"),
-    "none, turned": ((60, 40), 6, "", BOX, BOX, "no <size>"),
-    "zeros": ((60, 40), 1, size_xml(0, 0), BOX, BOX, "no <size>"),
-    "one zero": ((60, 40), 1, size_xml(60, 0), BOX, BOX, "no <size>"),
-    "empty": ((60, 40), 1, size_xml("", ""), BOX, BOX, "no <size>"),
-    "a width alone": ((60, 40), 1, "<size><width>60</width></size>", BOX, BOX, "no <size>"),
+    "none": ((60, 40), 1, "", BOX, BOX, "state no size"),
+    "none, turned": ((60, 40), 6, "", BOX, BOX, "state no size"),
+    "zeros": ((60, 40), 1, size_xml(0, 0), BOX, BOX, "state no size"),
+    "one zero": ((60, 40), 1, size_xml(60, 0), BOX, BOX, "state no size"),
+    "empty": ((60, 40), 1, size_xml("", ""), BOX, BOX, "state no size"),
+    "a width alone": ((60, 40), 1, "<size><width>60</width></size>", BOX, BOX, "state no size"),
     "with fractions of zero": ((60, 40), 1, size_xml("60.0", "40.0"), BOX, BOX, None),
     "beyond the stored": ((60, 40), 6, size_xml(60, 40), (-5, -5, 80, 80), (0, 0, 40, 60),
                           "beyond"),
@@ -149,7 +149,7 @@ def test_what_several_pictures_have_in_common_is_one_note(tmp_path):
             "<depth>3</depth>", ""), size))
     scaled, unstated, clipped = load("ilsvrc", tmp_path).notes
     assert scaled.startswith("2 images have another size") and "00000001.xml" in scaled
-    assert unstated.startswith("3 annotations state no <size>") and "00000003.xml" in unstated
+    assert unstated.startswith("3 annotations state no size") and "00000003.xml" in unstated
     assert clipped.startswith("1 boxes reach beyond")
 
 

@@ -1,0 +1,294 @@
+"""data.py --convert: hand-made annotations of other tools, and the boxes.csv that they give."""
+
+import csv
+import json
+import os
+
+import pytest
+from PIL import Image
+
+import data
+from helpers import call, picture, script_error
+
+SIZE = "<size><width>60</width><height>40</height><depth>3</depth></size>"
+A, B, C = "test/cat/a.jpg", "test/cat/b.png", "test/dog/c.jpg"
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """A folder of one's own; all pictures are 60 x 40."""
+    for name in (A, B, C, "train/cat/d.jpg", "train/dog/e.jpg"):
+        picture(tmp_path / "pets" / name, (60, 40))
+    return tmp_path / "pets"
+
+
+def voc(*objects, name="a.jpg", size=SIZE, folder="JPEGImages"):
+    boxes = "".join(
+        f"<object><name>{label}</name><bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax>"
+        f"<ymax>{y1}</ymax></bndbox></object>" for label, x0, y0, x1, y1 in objects)
+    return (f"<annotation><folder>{folder}</folder><filename>{name}</filename>{size}{boxes}"
+            "</annotation>")
+
+
+def coco(images, boxes, categories=("cat", "dog"), **more):
+    """images: file names, or (file name, width, height); boxes: (image, x, y, w, h[, category])."""
+    images = [image if isinstance(image, tuple) else (image, 60, 40) for image in images]
+    return json.dumps({
+        "images": [{"id": 100 + i, "file_name": name, "width": w, "height": h}
+                   for i, (name, w, h) in enumerate(images)],
+        "annotations": [{"id": i, "image_id": 100 + box[0], "bbox": list(box[1:5]),
+                         "category_id": box[5] if len(box) > 5 else 0, **more}
+                        for i, box in enumerate(boxes)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(categories)]})
+
+
+def write(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def run(capsys, pets, form, files):
+    """The form's files beside the pictures' folder, converted: call()'s result."""
+    source = pets.parent / "labels"
+    source.mkdir(exist_ok=True)
+    write(source, files)
+    source = source / "a.json" if form == "coco" else source
+    return call(capsys, data, "--convert", form, source, "--root", pets, "--out",
+                pets.parent / "boxes.csv")
+
+
+def rows_of(pets):
+    with open(pets.parent / "boxes.csv", newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["path", "xmin", "ymin", "xmax", "ymax"]
+    return [(path, *map(float, box)) for path, *box in rows]
+
+
+CASES = {  # form, files, rows of boxes.csv, words that are printed besides the count
+    "coco": ("coco", {"a.json": coco(["a.jpg", "c.jpg"], [(0, 5, 10, 20, 15), (1, 0, 0, 60, 40, 1),
+                                                          (0, 1.5, 2.25, 3, 4)])},
+             [(A, 5, 10, 25, 25), (A, 1.5, 2.25, 4.5, 6.25), (C, 0, 0, 60, 40)], []),
+    "coco: paths": ("coco", {"a.json": coco(["test/cat/a.jpg", "images/dog\\c.jpg"],
+                                            [(0, 5, 10, 20, 15), (1, 1, 1, 2, 2, 1)])},
+                    [(A, 5, 10, 25, 25), (C, 1, 1, 3, 3)], []),
+    "coco: without sizes": ("coco", {"a.json": coco([("a.jpg", None, None)], [(0, 5, 10, 20, 15)])},
+                            [(A, 5, 10, 25, 25)], ["1 annotations state no size"]),
+    "coco: of larger pictures": ("coco", {"a.json": coco([("a.jpg", 600, 400)],
+                                                         [(0, 50, 100, 200, 150)])},
+                                 [(A, 5, 10, 25, 25)], ["1 images have another size"]),
+    "coco: crowds": ("coco", {"a.json": coco(["a.jpg", "b.png"], [(0, 5, 10, 20, 15)]).replace(
+        '"category_id": 0}', '"category_id": 0}, {"id": 9, "image_id": 101, "iscrowd": 1, '
+        '"bbox": [0, 0, 9, 9]}')}, [(A, 5, 10, 25, 25)], ["1 boxes are of a crowd"]),
+    "coco: no area": ("coco", {"a.json": coco(["a.jpg"], [(0, 5, 10, 0, 15), (0, 1, 1, 2, 2)])},
+                      [(A, 1, 1, 3, 3)], ["1 boxes have no area"]),
+    "coco: no categories": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, 2, 2)], ())},
+                            [(A, 1, 1, 3, 3)], []),
+    "coco: another class's box": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, 2, 2, 0),
+                                                                      (0, 9, 9, 2, 2, 1)])},
+                                  [(A, 1, 1, 3, 3)], ["1 boxes are of another class"]),
+    "coco: several other classes": (
+        "coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, 2, 2, 0), (0, 9, 9, 2, 2, 1)],
+                                ("head", "tail"))},
+        [(A, 1, 1, 3, 3), (A, 9, 9, 11, 11)], ["1 images have boxes of several classes"]),
+    "coco: class names in other spellings": (
+        "coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, 2, 2, 0)], ("CAT", "dog"))},
+        [(A, 1, 1, 3, 3)], []),
+    "coco: pictures elsewhere": ("coco", {"a.json": coco(
+        ["a.jpg", "x.jpg", "y.jpg"], [(0, 1, 1, 2, 2), (1, 1, 1, 2, 2), (2, 1, 1, 2, 2)])},
+        [(A, 1, 1, 3, 3)], ["2 annotations are of no image", "'x.jpg'"]),
+    "coco: pictures of another folder": ("coco", {"a.json": coco(
+        ["zoo/a.jpg", "cat/a.jpg"], [(0, 1, 1, 2, 2), (1, 5, 5, 2, 2)])},
+        [(A, 5, 5, 7, 7)], ["1 annotations are of no image", "'zoo/a.jpg'"]),
+    "coco: ids of text": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, 2, 2)]).replace(
+        "100", '"one"')}, [(A, 1, 1, 3, 3)], []),
+
+    "voc": ("voc", {"a.xml": voc(("cat", 6, 11, 25, 25)), "c.xml": voc(
+        ("dog", 1, 1, 60, 40), ("dog", 2, 2, 2, 2), name="c.jpg")},
+        [(A, 5, 10, 25, 25), (C, 0, 0, 60, 40), (C, 1, 1, 2, 2)], []),
+    "voc: in folders": ("voc", {"cat/a.xml": voc(("cat", 6, 11, 25, 25)),
+                                "dog/c.xml": voc(("dog", 1, 1, 60, 40))},
+                        [(A, 5, 10, 25, 25), (C, 0, 0, 60, 40)], []),
+    "voc: by <filename>": ("voc", {"0001.xml": voc(("cat", 6, 11, 25, 25))},
+                           [(A, 5, 10, 25, 25)], []),
+    "voc: <filename> without ending": ("voc", {"0001.xml": voc(("cat", 6, 11, 25, 25), name="a")},
+                                       [(A, 5, 10, 25, 25)], []),
+    "voc: a <filename> of old": ("voc", {"b.xml": voc(("cat", 6, 11, 25, 25), name="a.jpg")},
+                                 [(B, 5, 10, 25, 25)], []),
+    "voc: fractions": ("voc", {"a.xml": voc(("cat", 6.5, 11, 25.25, 25))},
+                       [(A, 5.5, 10, 25.25, 25)], []),
+    "voc: no <size>": ("voc", {"a.xml": voc(("cat", 6, 11, 25, 25), size="")},
+                       [(A, 5, 10, 25, 25)], ["1 annotations state no size"]),
+    "voc: another class's box": ("voc", {"a.xml": voc(("person", 1, 1, 9, 9), ("cat", 6, 11, 25, 25)
+                                                      )},
+                                 [(A, 5, 10, 25, 25)], ["1 boxes are of another class"]),
+    "voc: nothing on it": ("voc", {"a.xml": voc(("cat", 6, 11, 25, 25)), "b.xml": voc()},
+                           [(A, 5, 10, 25, 25)], []),
+
+    "yolo": ("yolo", {"a.txt": "0 0.25 0.5 0.5 0.25\n",
+                      "c.txt": "1 0.5 0.5 1 1\n\n1 0.1 0.1 0.2 0.1"},
+             [(A, 0, 15, 30, 25), (C, 0, 0, 60, 40), (C, 0, 2, 12, 6)], []),
+    "yolo: in folders": ("yolo", {"train/d.txt": "0 0.25 0.5 0.5 0.25", "val/a.txt": "0 .5 .5 1 1"},
+                         [(A, 0, 0, 60, 40), ("train/cat/d.jpg", 0, 15, 30, 25)], []),
+    "yolo: classes.txt": ("yolo", {"a.txt": "0 .25 .5 .5 .25\n2 .5 .5 1 1", "classes.txt":
+                                   "cat\ndog\nperson\n"},
+                          [(A, 0, 15, 30, 25)], ["1 boxes are of another class"]),
+    "yolo: several without classes.txt": (
+        "yolo", {"a.txt": "0 .25 .5 .5 .25\n2 .5 .5 1 1"},
+        [(A, 0, 15, 30, 25), (A, 0, 0, 60, 40)], ["1 images have boxes of several classes"]),
+    "yolo: beyond the edge": ("yolo", {"a.txt": "0 0.25 0.5 0.5000004 1\n0 0.9 0.5 0.4 0.5"},
+                              [(A, 0, 0, 30.000012, 40), (A, 42, 10, 60, 30)], []),
+    "yolo: nothing on it": ("yolo", {"a.txt": "0 .5 .5 1 1", "b.txt": ""},
+                            [(A, 0, 0, 60, 40)], []),
+    "yolo: other text": ("yolo", {"a.txt": "0 .5 .5 1 1", "readme.txt": "about these labels"},
+                         [(A, 0, 0, 60, 40)], ["1 annotations are of no image", "readme.txt"]),
+    "yolo: with the picture's ending": ("yolo", {"a.jpg.txt": "0 .5 .5 1 1"},
+                                        [(A, 0, 0, 60, 40)], []),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_boxes_of_other_tools(capsys, pets, case):
+    form, files, right, words = CASES[case]
+    status, out, err = run(capsys, pets, form, files)
+    assert (status, err) == (0, "")
+    found = rows_of(pets)
+    assert [row[0] for row in found] == [row[0] for row in right]
+    for row, expected in zip(found, right):
+        assert row[1:] == pytest.approx(expected[1:], abs=1e-4)
+    assert f"{len(right)} boxes of {len({row[0] for row in right})} images" in out
+    assert all(word in out for word in words)
+    assert len(out.splitlines()) == 2 + bool(words)  # one note, the count, where it belongs
+    os.replace(pets.parent / "boxes.csv", pets / "boxes.csv")
+    dataset = data.load_dataset("folder", pets, "test", 16)  # what it was made for
+    read = [box for sample in dataset for box in sample["boxes"].tolist()]
+    assert read == [pytest.approx(box, abs=1e-4) for path, *box in right if path.startswith("test")]
+
+
+@pytest.mark.parametrize("form, files, right", [
+    ("coco", {"a.json": coco(["a.jpg"], [(0, 5, 10, 20, 25)])}, (5, 5, 30, 25)),
+    ("coco", {"a.json": coco([("a.jpg", 40, 60)], [(0, 5, 10, 20, 25)])}, (5, 10, 25, 35)),
+    ("coco", {"a.json": coco([("a.jpg", 120, 80)], [(0, 10, 20, 40, 50)])}, (5, 5, 30, 25)),
+    ("voc", {"a.xml": voc(("cat", 6, 11, 25, 35))}, (5, 5, 30, 25)),
+    ("yolo", {"a.txt": "0 .5 .25 .5 .5"}, (10, 0, 30, 30)),  # of the upright picture, always
+])
+def test_boxes_of_a_picture_that_exif_turns(capsys, pets, form, files, right):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(pets / A, (60, 40), exif=exif)  # 40 x 60 upright
+    assert run(capsys, pets, form, files)[0] == 0
+    assert rows_of(pets) == [(A, *right)]
+
+
+FAULTS = {  # form, files, words of the error
+    "coco: no file": ("coco", {}, ["a.json: no such file"]),
+    "coco: no JSON": ("coco", {"a.json": "{"}, ["a.json: not a JSON file"]),
+    "coco: empty": ("coco", {"a.json": ""}, ["a.json: empty"]),
+    "coco: nested without end": ("coco", {"a.json": "[" * 100_000}, ["a.json"]),
+    "coco: results": ("coco", {"a.json": "[]"}, ["a list 'images'"]),
+    "coco: no annotations": ("coco", {"a.json": '{"images": []}'}, ["a list 'annotations'"]),
+    "coco: no file_name": ("coco", {"a.json": '{"images": [{"id": 1}], "annotations": []}'},
+                           ["images[0] has no 'file_name'"]),
+    "coco: no bbox": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, 2, 2)]).replace(
+        "bbox", "segmentation")}, ["annotations[0] has no 'bbox'"]),
+    "coco: unknown image": ("coco", {"a.json": coco(["a.jpg"], [(7, 1, 1, 2, 2)])},
+                            ["annotations[0]", "107"]),
+    "coco: one id twice": ("coco", {"a.json": coco(["a.jpg", "c.jpg"], [(0, 1, 1, 2, 2)]).replace(
+        "101", "100")}, ["images[1]", "100"]),
+    "coco: one picture twice": ("coco", {"a.json": coco(["a.jpg", "a.jpg"], [(0, 1, 1, 2, 2),
+                                                                             (1, 1, 1, 2, 2)])},
+                                ["images[1]", "images[0]", A]),
+    "coco: negative": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, -2, 2)])},
+                       ["annotations[0]", "[1, 1, -2, 2]"]),
+    "coco: text": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, "1", 2, 2)])}, ["annotations[0]"]),
+    "coco: NaN": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, float("nan"), 2, 2)])},
+                  ["annotations[0]"]),
+    "coco: huge": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, 10**400, 2, 2)])},
+                   ["annotations[0]"]),
+    "coco: another picture's size": ("coco", {"a.json": coco([("a.jpg", 50, 50)],
+                                                             [(0, 1, 1, 2, 2)])},
+                                     ["images[0]", "50 x 50", "60 x 40"]),
+    "coco: of no picture": ("coco", {"a.json": coco(["x.jpg"], [(0, 1, 1, 2, 2)])},
+                            ["no box is of an image", "'x.jpg'"]),
+    "coco: size of text": ("coco", {"a.json": coco([("a.jpg", "wide", 4)], [(0, 1, 1, 2, 2)])},
+                           ["images[0]", "wide"]),
+    "voc: no folder": ("voc", {}, ["labels: no .xml files"]),
+    "voc: broken": ("voc", {"a.xml": "<annotation>"}, ["a.xml:1"]),
+    "voc: no box": ("voc", {"a.xml": "<annotation><object><name>cat</name></object></annotation>"},
+                    ["a.xml: object 1"]),
+    "voc: upside down": ("voc", {"a.xml": voc(("cat", 6, 11, 25, 9))}, ["a.xml: object 1"]),
+    "voc: another picture's size": ("voc", {"a.xml": voc(("cat", 1, 1, 5, 5), size=SIZE.replace(
+        "60", "70"))}, ["a.xml", "70 x 40", "60 x 40"]),
+    "voc: entities": ("voc", {"a.xml": "<!DOCTYPE a>" + voc(("cat", 1, 1, 5, 5))}, ["a.xml"]),
+    "yolo: no files": ("yolo", {"a.xml": ""}, ["labels: no .txt files"]),
+    "yolo: pixels": ("yolo", {"a.txt": "0 30 20 10 10"}, ["a.txt:1", "0 30 20 10 10"]),
+    "yolo: four values": ("yolo", {"a.txt": "0 .5 .5 1 1\n0 .5 .5 1"}, ["a.txt:2"]),
+    "yolo: a polygon": ("yolo", {"a.txt": "0 .1 .1 .2 .1 .2 .2"}, ["a.txt:1"]),
+    "yolo: with a score": ("yolo", {"a.txt": "0 .5 .5 1 1 .9"}, ["a.txt:1"]),
+    "yolo: no class": ("yolo", {"a.txt": "cat .5 .5 1 1"}, ["a.txt:1"]),
+    "yolo: a class below 0": ("yolo", {"a.txt": "-1 .5 .5 1 1", "classes.txt": "cat"},
+                              ["a.txt:1"]),
+    "yolo: a class that classes.txt lacks": ("yolo", {"a.txt": "1 .5 .5 1 1", "classes.txt": "cat"},
+                                             ["a.txt:1"]),
+    "yolo: no width": ("yolo", {"a.txt": "0 .5 .5 0 1"}, ["a.txt:1"]),
+    "yolo: NaN": ("yolo", {"a.txt": "0 nan .5 .1 1"}, ["a.txt:1"]),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_annotations_that_are_wrong(capsys, pets, case):
+    form, files, words = FAULTS[case]
+    line = script_error(run(capsys, pets, form, files), data)
+    assert all(word in line for word in words), line
+    assert not (pets.parent / "boxes.csv").exists()
+
+
+def test_names_that_do_not_tell_pictures_apart(capsys, pets):
+    picture(pets / "test/dog/a.jpg", (60, 40))
+    line = script_error(run(capsys, pets, "yolo", {"a.txt": "0 .5 .5 1 1"}), data)
+    assert "test/cat/a.jpg" in line and "test/dog/a.jpg" in line
+    status, _, _ = run(capsys, pets, "yolo", {"a.txt": "", "dog/a.txt": "0 .5 .5 1 1"})
+    assert status == 1  # the first is still of either
+    (pets.parent / "labels/a.txt").unlink()
+    assert run(capsys, pets, "yolo", {"cat/a.txt": "0 .25 .25 .5 .5"})[0] == 0
+    assert rows_of(pets) == [(A, 0, 0, 30, 20), ("test/dog/a.jpg", 0, 0, 60, 40)]
+
+
+def test_annotations_beside_their_pictures_and_odd_names(capsys, pets):
+    name = 'test/cat/"ä", 猫 2.jpg'
+    picture(pets / name, (60, 40))
+    write(pets, {name.replace(".jpg", ".txt"): "0 .5 .5 1 1"})
+    assert call(capsys, data, "--convert", "yolo", pets, "--root", pets, "--out",
+                pets / "boxes.csv")[0] == 0
+    dataset = data.load_dataset("folder", pets, "test", 16)
+    assert {sample["path"]: len(sample["boxes"]) for sample in dataset}[str(pets / name)] == 1
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--convert", "pascal", "x", "--root", "{root}", "--out", "{new}"], ["--convert", "pascal"]),
+    (["--convert", "voc", "--root", "{root}", "--out", "{new}"], ["--convert"]),
+    (["--convert", "voc", "x", "--out", "{new}"], ["--root"]),
+    (["--convert", "voc", "x", "--root", "{new}", "--out", "{new}"], ["--root"]),
+    (["--convert", "voc", "x", "--root", "{root}"], ["--out"]),
+    (["--convert", "voc", "x", "--root", "{root}", "--out", "{there}"], ["--out", "exists"]),
+    (["--convert", "voc", "x", "--root", "{root}", "--out", "{root}"], ["--out", "exists"]),
+    (["--convert", "voc", "x", "--root", "{root}", "--out", "{new}", "--data", "cub"],
+     ["--convert"]),
+    (["--data", "folder", "--root", "{root}", "--out", "{there}"], ["--out", "exists"]),
+    (["--data", "folder", "--root", "{new}", "--out", "{new}"], ["--root"]),
+    (["--data", "folder", "--out", "{new}"], ["--root"]),
+])
+def test_flags_that_are_wrong(capsys, pets, flags, words):
+    (pets.parent / "there.csv").write_text("mine")
+    places = {"root": pets, "new": pets.parent / "new", "there": pets.parent / "there.csv"}
+    line = script_error(call(capsys, data, *(flag.format(**places) for flag in flags)), data, 2)
+    assert all(word in line for word in words)
+    assert (pets.parent / "there.csv").read_text() == "mine"
+    assert not (pets.parent / "new").exists()
+
+
+def test_a_full_disk_leaves_nothing(capsys, pets, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space")))
+    line = script_error(run(capsys, pets, "yolo", {"a.txt": "0 .5 .5 1 1"}), data)
+    assert "No space" in line and "boxes.csv" in line
+    assert sorted(path.name for path in pets.parent.iterdir()) == ["labels", "pets"]
