@@ -1,5 +1,6 @@
-"""Synthetic birds, drawn from (stream, index) alone: the class is in the head, the box around the
-bird.
+"""Synthetic birds, drawn from (stream, index) alone.
+
+The class is in the head; the box is around the whole bird.
 """
 
 import colorsys
@@ -10,20 +11,19 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 BIRDS = {"train": 12_000, "val": 600, "test": 1000}
-# first word of each drawing's seed: splits share no bird
-BIRD_STREAMS = {"train": 1, "val": 2, "test": 3}
-HUES = {
-    "red": (
-        0.0, 0.85, 0.85), "yellow": (
-            0.14, 0.9, 0.95), "blue": (
-                0.6, 0.85, 0.85)}  # HSV
+BIRD_STREAMS = {"train": 1, "val": 2, "test": 3}  # the seed's first word: splits share no bird
+HUES = {"red": (0.0, 0.85, 0.85), "yellow": (0.14, 0.9, 0.95), "blue": (0.6, 0.85, 0.85)}  # HSV
 MARKS = ("cap", "ring", "bib")
-SPECIES = [f"{hue}-{mark}" for mark in MARKS for hue in HUES]
+BEAKS = {"": (0.11, 0.6, 0.8), "-redbeak": (0.0, 0.75, 0.75), "-darkbeak": (0.0, 0.0, 0.12)}
+WINGS = {"": None, "-whitebar": (0.0, 0.0, 0.95)}  # the colour of a bar across the wing
+SPECIES = [  # the first 9 differ in the head alone, the others in finer marks too
+    f"{hue}-{mark}{beak}{wing}" for wing in WINGS for beak in BEAKS for mark in MARKS
+    for hue in HUES]
 DECOYS = [*HUES.values(), (0.83, 0.65, 0.85), (0.36, 0.8, 0.65), (0.0, 0.0, 0.97)]
-PALETTES = [(0.07, 0.55, 0.45), (0.10, 0.35, 0.70), (0.58, 0.25, 0.50), (0.22, 0.35, 0.45),
-             (0.0, 0.0, 0.35), (0.05, 0.50, 0.30), (0.50, 0.30, 0.40), (0.95, 0.25, 0.55)] # HSV
-# share of birds whose palette is their species' own
-PALETTE_CUE = 0.1
+PALETTES = [  # of the body, HSV
+    (0.07, 0.55, 0.45), (0.10, 0.35, 0.70), (0.58, 0.25, 0.50), (0.22, 0.35, 0.45),
+    (0.0, 0.0, 0.35), (0.05, 0.50, 0.30), (0.50, 0.30, 0.40), (0.95, 0.25, 0.55)]
+PALETTE_CUE = 0.1  # share of birds whose palette is their species' own
 SUPERSAMPLING = 3
 
 _ANGLES = np.linspace(0, 2 * math.pi, 28, endpoint=False)
@@ -50,14 +50,15 @@ def _turned(shape, x, y, a, b, angle=0.0):
     return shape @ np.array([[a * c, a * s], [-b * s, b * c]]) + (x, y)
 
 
-def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
-    """One bird, a pure function of its arguments: (picture (h, w, 3) uint8, label, palette, box
-    xyxy in pixels).
+def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64), species: int = 9):
+    """One bird, a pure function of its arguments.
 
-    The species is the hue and the marking of the head, an eighth to a fifth of the picture across;
-    berries lie about in the same hues. The body's palette is the species' own in PALETTE_CUE of the
-    birds, else any; shape, plumage, pose, place and scenery are free. The box covers head, beak,
-    body, tail and legs.
+    Returns the picture (h, w, 3) uint8, the label, the palette and the box, xyxy in pixels. The
+    species, the first so many of SPECIES, are told by the hue and the marking of the head, an
+    eighth to a fifth of the picture across; beyond 9 also by the beak's colour, beyond 27 by a bar
+    across the wing. Berries lie about in the heads' hues. The body's palette is the species' own in
+    PALETTE_CUE of the birds, else any; shape, plumage, pose, place and scenery are free. The box
+    covers head, beak, body, tail and legs.
     """
     height, width = size
     rng = np.random.default_rng((stream, index))
@@ -66,13 +67,11 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     def u(low, high):
         return low + (high - low) * next(uniforms)
 
-    label = int(u(0, len(SPECIES)))
+    label = int(u(0, species))
     palette = label % len(PALETTES) if u(0, 1) < PALETTE_CUE else int(u(0, len(PALETTES)))
     scenery = Image.fromarray(_background(rng, u, height, width))
-    canvas = scenery.resize(
-    (SUPERSAMPLING * width,
-    SUPERSAMPLING * height),
-     Image.Resampling.NEAREST)
+    canvas = scenery.resize((SUPERSAMPLING * width, SUPERSAMPLING * height),
+                            Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
     _draw_clutter(draw, u, *canvas.size)
     shapes = _bird(u, label, palette)
@@ -80,8 +79,8 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64)):
     # tilted, facing left or right, scaled to the picture's size and placed wholly inside it
     tilt, facing = u(-0.5, 0.5), -1 if u(0, 1) < 0.5 else 1
     c, s = math.cos(tilt), math.sin(tilt)
-    points = np.concatenate([points for points, _ in shapes]
-                            ) @ np.array([[facing * c, s], [-facing * s, c]])
+    turn = np.array([[facing * c, s], [-facing * s, c]])
+    points = np.concatenate([points for points, _ in shapes]) @ turn
     low, extent = points.min(0), np.ptp(points, axis=0)
     scale = (u(0.5, 0.85) * np.array(canvas.size) / extent).min()
     corner = (np.array(canvas.size) - 1 - scale * extent) * (u(0.02, 0.98), u(0.02, 0.98))
@@ -112,17 +111,12 @@ def _background(rng, u, height, width):
 @lru_cache
 def _bicubic(size, cells):
     """Matrix (size, cells) of bicubic interpolation."""
-    return np.asarray(
-    Image.fromarray(
-        np.eye(
-            cells, dtype=np.float32)).resize(
-                (cells, size), Image.Resampling.BICUBIC))
+    identity = Image.fromarray(np.eye(cells, dtype=np.float32))
+    return np.asarray(identity.resize((cells, size), Image.Resampling.BICUBIC))
 
 
 def _draw_clutter(draw, u, width, height):
-    """Three to seven twigs, leaves, stones and berries; the berries in the heads' hues and a few
-    more.
-    """
+    """Three to seven twigs, leaves, stones and berries, these in the heads' hues and three more."""
     n = min(width, height)
     for _ in range(int(u(3, 8))):
         kind, x, y = u(0, 1), u(0, width), u(0, height)
@@ -130,8 +124,8 @@ def _draw_clutter(draw, u, width, height):
             angle, line = u(0, 6.28), [x, y]
             for _ in range(3):
                 angle += u(-0.9, 0.9)
-                x, y = x + u(0.05, 0.18) * n * math.cos(angle), y + \
-                             u(0.05, 0.18) * n * math.sin(angle)
+                x, y = (x + u(0.05, 0.18) * n * math.cos(angle),
+                        y + u(0.05, 0.18) * n * math.sin(angle))
                 line += x, y
             draw.line(line, _hsv(u(0.05, 0.12), u(0.2, 0.6), u(0.2, 0.5)),
                       int(u(0.012, 0.035) * n), joint="curve")
@@ -141,30 +135,33 @@ def _draw_clutter(draw, u, width, height):
             draw.polygon(leaf.ravel().tolist(), _hsv(h, s, v))
             draw.line((*leaf[0], *leaf[14]), _hsv(h, s, v * 0.7), int(0.008 * n))
         elif kind < 0.82:
-            stone = _turned(_superellipse(u(1.8, 3)), x, y, u(
-                0.05, 0.16) * n, u(0.04, 0.1) * n, u(0, 3))
+            stone = _turned(_superellipse(u(1.8, 3)), x, y, u(0.05, 0.16) * n, u(0.04, 0.1) * n,
+                            u(0, 3))
             draw.polygon(stone.ravel().tolist(), _hsv(u(0, 1), u(0, 0.25), u(0.25, 0.8)))
         else:
             radius, (h, s, v) = u(0.025, 0.055) * n, DECOYS[int(u(0, len(DECOYS)))]
             berry = _turned(CIRCLE, x, y, radius, radius)
-            draw.polygon(berry.ravel().tolist(), _hsv(
-                h + u(-0.03, 0.03), s * u(0.8, 1), v * u(0.8, 1)))
+            colour = _hsv(h + u(-0.03, 0.03), s * u(0.8, 1), v * u(0.8, 1))
+            draw.polygon(berry.ravel().tolist(), colour)
 
 
 def _bird(u, label, palette):
-    """The bird as [(polygon, colour), ...] from back to front; x forward, y down, the body 2 long
-    and centred at 0.
+    """The bird as [(polygon, colour), ...] from back to front.
+
+    x points forward, y down; the body is 2 long and centred at 0.
     """
-    h, s, v = list(HUES.values())[label % len(HUES)]
-    hue, dark = _hsv(h + u(-0.025, 0.025), s * u(0.85, 1.1),
-                     v * u(0.85, 1.1)), _hsv(0, 0, u(0.03, 0.15))
+    label, hue = divmod(label, len(HUES))
+    label, mark = divmod(label, len(MARKS))
+    wing_mark, beak_mark = divmod(label, len(BEAKS))
+    h, s, v = list(HUES.values())[hue]
+    hue = _hsv(h + u(-0.025, 0.025), s * u(0.85, 1.1), v * u(0.85, 1.1))
+    dark = _hsv(0, 0, u(0.03, 0.15))
     h, s, v = PALETTES[palette]
     h, s, v = h + u(-0.03, 0.03), s * u(0.7, 1.3), v * u(0.8, 1.25)
-    coat, shade, light, legs = _hsv(h, s, v), _hsv(
-        h, s, v * 0.7), _hsv(h, s * 0.5, v * 1.35), _hsv(0.08, 0.5, 0.25)
-    # body: half height, squareness
+    coat, shade, light = _hsv(h, s, v), _hsv(h, s, v * 0.7), _hsv(h, s * 0.5, v * 1.35)
+    legs = _hsv(0.08, 0.5, 0.25)
+    # body: half height, squareness; head: centre, radius
     deep, power = u(0.5, 0.72), u(1.8, 2.4)
-    # head: centre, radius
     x, y, r = u(0.78, 0.98), -u(0.25, 0.5), u(0.36, 0.44)
     shapes = []
 
@@ -186,13 +183,11 @@ def _bird(u, label, palette):
     add(coat, (-0.7, -0.16), (tip, droop - spread), (tip + 0.06, droop - spread * 0.5), (-0.7, 0))
 
     body = _superellipse(power) * (1, deep)
-    # and, in the same colour, the neck
-    add(coat, body)
+    add(coat, body)  # and, in the same colour, the neck
     add(coat, (x - r * 0.9, y - r * 0.25), (x + r * 0.7, y + r * 0.6),
         (0.75, deep * 0.55), (-0.35, -deep * 0.9))
     add(light, body[1:14], body[13:0:-1] * (1, 0.25))  # belly
-    plumage = u(0, 1)
-    # striped, spotted or plain
+    plumage = u(0, 1)  # striped, spotted or plain
     if plumage < 0.35:
         pitch, lean = u(0.22, 0.34), u(0, 0.12)
         for a in np.arange(-0.85, 0.7, pitch).tolist():
@@ -206,11 +201,16 @@ def _bird(u, label, palette):
     wing = _turned(WING, u(-0.2, 0), u(-0.15, 0), u(0.5, 0.62), deep * u(0.5, 0.65), u(-0.25, 0.3))
     add(_hsv(h + 0.02, s, v * u(0.6, 0.75)), wing)
     add(_hsv(h + 0.02, s, v * 0.45), wing[11:18])
+    if bar := list(WINGS.values())[wing_mark]:  # a sixth of the wing, across its middle
+        middle, thick = wing.mean(0), (wing[0] - wing[14]) / 12
+        top, bottom = (0.8 * (wing[i] - middle) for i in (21, 7))
+        add(_hsv(*bar), middle + top - thick, middle + top + thick, middle + bottom + thick,
+            middle + bottom - thick)
 
     beak = x + r + u(0.15, 0.4), y + u(-0.05, 0.15)
-    add(_hsv(0.11, 0.6, 0.8), (x + r * 0.8, y - r * 0.35), beak, (x + r * 0.8, y + r * 0.4))
+    add(_hsv(*list(BEAKS.values())[beak_mark]), (x + r * 0.8, y - r * 0.35), beak, (x + r * 0.8, y + r * 0.4))
     disc(hue, x, y, r)
-    mark = MARKS[label // len(HUES)]
+    mark = MARKS[mark]
     if mark == "cap":
         add(dark, _turned(CIRCLE, x, y, r, r)[15:], (x + r, y - 0.1 * r), (x - r, y - 0.1 * r))
     elif mark == "ring":
@@ -218,13 +218,12 @@ def _bird(u, label, palette):
         disc(hue, x, y, 0.34 * r)
     else:
         add((240, 236, 222), _turned(CIRCLE, x, y, r, r)[1:14])
-    # the ring is an eye itself
-    if mark != "ring":
+    if mark != "ring":  # it is an eye itself
         disc((250, 250, 250), x + 0.02 * r, y + 0.12 * r, 0.16 * r)
         disc((0, 0, 0), x + 0.04 * r, y + 0.12 * r, 0.08 * r)
     return shapes
 
 
-def draw_birds(stream, size, indices):
-    return [np.stack(column)
-                     for column in zip(*(draw_bird(stream, index, size) for index in indices))]
+def draw_birds(stream, size, species, indices):
+    birds = (draw_bird(stream, index, size, species) for index in indices)
+    return [np.stack(column) for column in zip(*birds)]
