@@ -69,12 +69,15 @@ class Birds(Dataset):
     them.
     """
 
-    def __init__(self, split: str, img_size, limit=None, crop=None, augment=False, seed=0):
+    def __init__(self, split: str, img_size, limit=None, crop=None, augment=False, seed=0,
+                 species=9):
+        if not 2 <= species <= len(SPECIES):
+            raise DataError(f"species: found {species}, needs 2 to {len(SPECIES)}")
         self.name, self.split, self.img_size, self.crop = "synthetic", split, img_size, crop
-        self.classes, self.num_palettes, self.notes = SPECIES, len(PALETTES), []
+        self.classes, self.num_palettes, self.notes = SPECIES[:species], len(PALETTES), []
         self.augment, self.seed, self.epoch = augment, seed, 0
         self.indices = _spread(BIRDS[split], limit)
-        draw = partial(draw_birds, BIRD_STREAMS[split], img_size)
+        draw = partial(draw_birds, BIRD_STREAMS[split], img_size, species)
         drawn = in_processes(draw, self.indices, "drawing birds")
         self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
         self.pads = [round(side * 3 / 32) for side in img_size]  # rows, columns
@@ -374,12 +377,13 @@ def has_split(name: str, root: str | Path | None, split: str) -> bool:
 def load_dataset(
     name: str, root: str | Path | None, split: str, img_size, *, limit: int | None = None,
     crop: int | None = None, augment: bool | None = None, seed: int = 0,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None, species: int = 9,
 ) -> Dataset:
     """A data set as at the top of this file. img_size is an int or (height, width). limit keeps
     that many samples, evenly spread. augment, by default on for split="train", takes random
     views, from (seed, dataset.epoch, index): set epoch before each epoch. crop=SIZE is for test
-    pictures (see fixed_view). classes: those of a folder or of ILSVRC without a train/. Raises
+    pictures (see fixed_view). classes: those of a folder or of ILSVRC without a train/.
+    species: how many kinds of birds, the length of `classes` where these are given. Raises
     DataError.
     """
     augment, img_size = split == "train" if augment is None else augment, pair(img_size)
@@ -392,7 +396,8 @@ def load_dataset(
     if crop is not None and crop < max(img_size):
         raise DataError(f"crop: found {crop}, needs at least the network's {max(img_size)} pixels")
     if name == "synthetic":
-        return Birds(split, img_size, limit, crop, augment, seed)
+        species = len(classes) if classes else species
+        return Birds(split, img_size, limit, crop, augment, seed, species)
     known = {} if name == "cub" else {"classes": classes}
     samples = READERS[name](Path(root), split, limit, **known)
     return Pictures(name, samples, split, img_size, crop, augment, seed)

@@ -88,7 +88,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
     model, checkpoint = load_checkpoint(folder / "last.pt")
     name, root = source
     load = lambda split: data.load_dataset(
-    name, root, split, checkpoint["config"]["img_size"], limit=limit)
+        name, root, split, checkpoint["config"]["img_size"], limit=limit,
+        classes=checkpoint["classes"])
     test, val_scores = load("test"), None
     if data.has_split(name, root, "val"):
         val_scores = evaluate.score(model, load("val"))

@@ -208,7 +208,8 @@ def _bird(u, label, palette):
             middle + bottom - thick)
 
     beak = x + r + u(0.15, 0.4), y + u(-0.05, 0.15)
-    add(_hsv(*list(BEAKS.values())[beak_mark]), (x + r * 0.8, y - r * 0.35), beak, (x + r * 0.8, y + r * 0.4))
+    add(_hsv(*list(BEAKS.values())[beak_mark]), (x + r * 0.8, y - r * 0.35), beak,
+        (x + r * 0.8, y + r * 0.4))
     disc(hue, x, y, r)
     mark = MARKS[mark]
     if mark == "cap":

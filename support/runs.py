@@ -72,7 +72,8 @@ class Stop:
 def load_data(flags: Namespace, has_val: bool) -> list:
     """The train, val and test sets, val None where there is none; their notes are printed."""
     load = functools.partial(
-        data.load_dataset, flags.data, flags.root, img_size=flags.img_size, seed=flags.seed)
+        data.load_dataset, flags.data, flags.root, img_size=flags.img_size, seed=flags.seed,
+        species=flags.species or 9)
     sets = [load(split="train", limit=flags.limit_train),
             load(split="val", limit=flags.limit_test) if has_val else None,
             load(split="test", limit=flags.limit_test)]

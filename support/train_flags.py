@@ -26,6 +26,8 @@ def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace,
     add(to, "--data", "data set, which picks the defaults of all other flags (default: synthetic)",
         choices=recipes, default="synthetic")
     add(to, "--root", "folder of the data set; the synthetic birds need none")
+    add(to, "--species", "how many kinds of birds, up to 54: the more, the finer the marks that "
+        "tell them apart (default: 9)", type=number(int, 2, 55))
     add(to, "--limit-train", "keep that many training images, spread evenly", type=positive)
     add(to, "--limit-test", "keep that many test and val images", type=positive)
     add(to, "--workers", "processes that load images (default: 8 on a GPU, 0 on a CPU)",
@@ -107,6 +109,8 @@ def fill_in(flags: Namespace, parser: Parser, recipe: dict, archs) -> None:
         parser.error(f"--freeze-blocks: got {frozen}, the model has {flags.depth} blocks")
     if flags.data == "synthetic" and flags.root:
         parser.error("--root: the synthetic birds are drawn, not read: leave it out or give --data")
+    if flags.data != "synthetic" and flags.species:
+        parser.error("--species: of the synthetic birds alone")
     if flags.data != "synthetic" and not flags.root:
         parser.error(f"--root: missing, --data {flags.data} needs its folder")
     if flags.batch_size < (parts := int(os.environ.get("WORLD_SIZE", 1)) * flags.accumulate):

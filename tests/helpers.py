@@ -128,7 +128,7 @@ SMALL_MODEL = dict(
     num_kernels=2, kernel_size=3, scorer="separate", erase="raw", pool="gap")
 
 
-def save_checkpoint(path, metrics=None, classes=tuple(data.SPECIES), **changes):
+def save_checkpoint(path, metrics=None, classes=tuple(data.SPECIES[:9]), **changes):
     """A checkpoint as train.py writes it, of a small untrained model on the birds."""
     config = SMALL_MODEL | dict(data="synthetic", root=None) | changes
     torch.manual_seed(3)
