@@ -573,10 +573,17 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
     return dataset
 
 
+def print_notes(datasets: Sequence[torch.utils.data.Dataset]) -> None:
+    """What the data sets left out, clipped or took on trust."""
+    for note in dict.fromkeys(note for dataset in datasets for note in dataset.notes):
+        print(f"note: {printable(note)}")
+
+
 def choose_threshold(subject: Subject, flags: Namespace) -> tuple[float, str]:
     """The threshold and where it came from."""
     if flags.threshold == "auto":
         val_set = load_split(subject, flags, "val")
+        print_notes([val_set])
         scores = score(subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
                        workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
         best = best_threshold(scores, subject.coupling)
@@ -610,6 +617,7 @@ def evaluate(flags: Namespace) -> int:
     folders = [flags.out / name if several else flags.out for name in names]
     if not flags.images:
         datasets = [load_split(subject, flags, flags.split) for subject in subjects]
+        print_notes(datasets)
         files = ["predictions.jsonl", "metrics.json", "gallery.png", "curve.png", "failures.png"]
         files += ["maps.npz"] * flags.save_maps
         joint = {flags.out: ["metrics.json", "gallery.png"]} if several else {}

@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 import data
-from helpers import error_of, make_cub, noise, picture, write_ilsvrc, xml
+import evaluate
+import train
+from helpers import (WNIDS, call, error_of, make_cub, noise, picture, save_checkpoint,
+                     script_error, write_ilsvrc, xml)
 from support import folders, pictures
 
 BOX = (5, 10, 25, 35)
@@ -34,6 +37,15 @@ def boxes_of(dataset):
 
 def size_xml(width, height):
     return f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+
+
+@pytest.fixture
+def cats(tmp_path):
+    """A folder of one's own: two classes, three pictures in each split."""
+    for split in ("train", "test"):
+        for name in ("cat/a.jpg", "cat/b.jpg", "dog/c.jpg"):
+            picture(tmp_path / "pets" / split / name, (60, 40))
+    return tmp_path / "pets"
 
 
 # ---------------------------------------------------------------- ILSVRC: the frame of <size>
@@ -180,6 +192,20 @@ def test_ilsvrc_is_scored_without_train(tmp_path, mapping, given, right, flat):
         assert wnids.get(was, was) == wnids.get(now, now)
 
 
+@pytest.mark.parametrize("kind", ["ilsvrc", "folder"])
+def test_evaluate_needs_no_train_and_prints_notes(tmp_path, capsys, cats, without_pictures, kind):
+    root, classes, note = cats, ("cat", "dog"), "3 of 3 test images have no box"
+    if kind == "ilsvrc":
+        root, classes, note = tmp_path, sorted(WNIDS), "1 annotations state no size"
+        write_ilsvrc(tmp_path, tmp_path / "Annotations/val", True)
+        file = sorted((tmp_path / "Annotations/val").iterdir())[0]
+        file.write_text(xml("n01440764", (1, 2, 3, 4), size=""))
+    shutil.rmtree(root / "train")
+    checkpoint = save_checkpoint(tmp_path / "best.pt", classes=classes, data=kind, root=str(root))
+    status, out, err = call(capsys, evaluate, "--checkpoint", checkpoint, "--device", "cpu")
+    assert (status, err) == (0, "") and f"note: {note}" in out
+
+
 def test_ilsvrc_without_train_mapping_and_classes(tmp_path):
     write_ilsvrc(tmp_path, tmp_path / "Annotations/val", True)
     shutil.rmtree(tmp_path / "train")
@@ -188,15 +214,6 @@ def test_ilsvrc_without_train_mapping_and_classes(tmp_path):
 
 
 # ---------------------------------------------------------------- boxes.csv
-
-
-@pytest.fixture
-def cats(tmp_path):
-    """A folder of one's own: two classes; test/cat/a.jpg is to have the boxes."""
-    for split in ("train", "test"):
-        for name in ("cat/a.jpg", "cat/b.jpg", "dog/c.jpg"):
-            picture(tmp_path / "pets" / split / name, (60, 40))
-    return tmp_path / "pets"
 
 
 ROWS = {  # rows of boxes.csv, the boxes of test/cat/a.jpg, words of the note on the rows
@@ -310,13 +327,13 @@ LEFT_OUT = {  # files of test/, the reason, how many, the first
 }
 
 
-@pytest.mark.parametrize("case", LEFT_OUT)
-@pytest.mark.parametrize("kind", ["folder", "ilsvrc"])
-def test_what_is_left_out_is_noted(cats, case, kind):
+@pytest.mark.parametrize("kind, case", [
+    *(("folder", case) for case in LEFT_OUT),
+    # ILSVRC's val may be flat, and has other folders beside it
+    *(("ilsvrc", case) for case in LEFT_OUT if "outside" not in case and "beside" not in case)])
+def test_what_is_left_out_is_noted(cats, kind, case):
     files, reason, count, first = LEFT_OUT[case]
     if kind == "ilsvrc":
-        if case == "folders beside the splits" or case == "outside the classes":
-            pytest.skip("ILSVRC has other files there, or is flat")
         (cats / "test").rename(cats / "val")
     split = cats / ("test" if kind == "folder" else "val")
     for file in files:
@@ -559,6 +576,16 @@ def test_a_scored_picture_cut_in_half_shows_at_once(cats, split, augment, suffix
     load("folder", cats, split, augment=augment)
     half(path)
     error_of(lambda: load("folder", cats, split, augment=augment), path, "cannot be read")
+
+
+def test_a_scored_jpeg_cut_in_half_ends_a_run_before_its_first_step(cats, tmp_path, capsys):
+    flags = ("--img-size 16 --patch-size 8 --embed-dim 12 --depth 1 --num-heads 2 --batch-size 3 "
+             "--epochs 1 --device cpu --data folder").split()
+    noise(0, (90, 70)).save(cats / "test/dog/half.jpg")
+    half(cats / "test/dog/half.jpg")
+    result = call(capsys, train, *flags, "--root", cats, "--out", tmp_path / "run")
+    assert str(cats / "test/dog/half.jpg") in script_error(result, train)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("cores", [1, 3])
