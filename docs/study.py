@@ -1,7 +1,7 @@
-"""The ablation study: the paper's Tables 5 to 8, and what the paper leaves open, on the birds or
-any other data set.
+"""The ablation study: the paper's Tables 5 to 8, and what the paper leaves open.
 
     python docs/study.py all --jobs 2  # synthetic birds
+    python docs/study.py 8 --seeds 5 --species 54  # birds that are harder to tell apart
     python docs/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
 
 Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two
@@ -29,28 +29,30 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
 import data
 import evaluate
 import kernels
-from support.common import machine
 from lctr import LCTR, load_checkpoint, mean_over_blocks
+from support.common import commit, machine, write_atomic, write_json, write_text
 
 # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
 TABLES = {
     "8": {"static head": ("--head", "conv"), "CDM": ()},
-    "5": {"GAP": ("--scorer", "gap"), "GMP": ("--scorer", "gmp"), "GAP + GMP, shared": ("--scorer", "shared"),
-          "GAP, GMP, separate": ()},
+    "5": {"GAP": ("--scorer", "gap"), "GMP": ("--scorer", "gmp"),
+          "GAP + GMP, shared": ("--scorer", "shared"), "GAP, GMP, separate": ()},
     "6": {"G = 2": ("--num-kernels", "2"), "G = 4": (), "G = 8": ("--num-kernels", "8"),
           "G = 16": ("--num-kernels", "16"), "G = 32": ("--num-kernels", "32")},
     "7": {"1 x 1": ("--kernel-size", "1"), "3 x 3": ()},
     "erase": {"raw": (), "minmax": ("--erase", "minmax")},
     "pool": {"gap": (), "padded": ("--pool", "padded")},
 }
-# of the birds; other data have one, "as given"
-REGIMES = {"species + palette": (), "species": ("--no-palette-label",)}
+REGIMES = {  # of the birds; other data have one, "as given"
+    "species + palette": (), "species": ("--no-palette-label",)}
 THRESHOLDS = evaluate.THRESHOLDS[1:91]
 DRAWS = 10_000  # of the bootstrap
 
@@ -62,16 +64,8 @@ def train(folder: Path, flags: list[str], threads: int) -> None:
     """A finished run in `folder`: started, continued, or left as it is."""
     folder.mkdir(parents=True, exist_ok=True)
     # train.py's own scoring is not used: measure() does all of it
-    command = [sys.executable,
-    str(ROOT / "train.py"),
-    "--out",
-    str(folder),
-    "--resume",
-    "--limit-test",
-    "10",
-    "--eval-every",
-    "1000000",
-     *flags]
+    command = [sys.executable, str(ROOT / "train.py"), "--out", str(folder), "--resume",
+               "--limit-test", "10", "--eval-every", "1000000", *flags]
     with open(folder / "output.txt", "a") as output:
         ended = subprocess.run(command, stdout=output, stderr=output,
                                env=os.environ | {"OMP_NUM_THREADS": str(threads)})
@@ -82,14 +76,14 @@ def train(folder: Path, flags: list[str], threads: int) -> None:
 
 
 def measure(folder: Path, source: tuple, limit: int | None) -> None:
-    """Scores the run on the whole test split: writes measured.json, and measured.npz with each test
-    image's hits.
-    """
+    """Scores the run on the test split: measured.json, and each image's hits in measured.npz."""
     model, checkpoint = load_checkpoint(folder / "last.pt")
     name, root = source
-    load = lambda split: data.load_dataset(
-        name, root, split, checkpoint["config"]["img_size"], limit=limit,
-        classes=checkpoint["classes"])
+
+    def load(split: str):
+        return data.load_dataset(name, root, split, checkpoint["config"]["img_size"], limit=limit,
+                                 classes=checkpoint["classes"])
+
     test, val_scores = load("test"), None
     if data.has_split(name, root, "val"):
         val_scores = evaluate.score(model, load("val"))
@@ -107,8 +101,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         found["couplings"][coupling] = {"threshold": threshold, "gt_known": 100 * float(hit.mean()),
                                         "top1_loc": 100 * float((hit & top1).mean())}
     found["causes"] = causes(model, test)
-    evaluate.write_atomic(folder / "measured.npz", lambda file: np.savez(file, **hits))
-    evaluate.write_text(folder / "measured.json", json.dumps(found, indent=1))
+    write_atomic(folder / "measured.npz", lambda file: np.savez(file, **hits))
+    write_json(folder / "measured.json", found)
 
 
 @torch.no_grad()
@@ -122,119 +116,117 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
     classes, in %. accuracy_mean_scores: top-1 in % with every image's S_g replaced by their mean
     over images.
     """
-    (h, w), (H, W) = model.grid, model.img_size
-    rows, columns = (torch.arange(h) + 0.5) * H / h, (torch.arange(w) + 0.5) * W / w
     right, ratios, labels, scores, parts = [], [], [], [], []
-    weight = model.cdm.weight if model.head_type == "cdm" else model.head.weight[None]
     batches = [list(range(i, min(i + 64, len(dataset)))) for i in range(0, len(dataset), 64)]
     for batch in data.loader(dataset, batches):
         found = model.localize(batch["image"], "all")
-        truth = evaluate.to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
-        x0, y0, x1, y1 = truth.unbind(-1)  # (B, M) each
-        tall = (rows >= y0[..., None]) & (rows < y1[..., None])  # (B, M, h)
-        wide = (columns >= x0[..., None]) & (columns < x1[..., None])  # (B, M, w)
-        inside = (tall[..., :, None] & wide[..., None, :]).any(1)  # (B, h, w)
-        k = weight.shape[-1]
-        background = F.max_pool2d(inside[:, None].float(), k, 1, k // 2)[:, 0] == 0  # (B, h, w)
+        inside, background = regions_of(model, batch)  # (B, h, w) each
         whole = inside.flatten(1).any(1) & background.flatten(1).any(1)  # (B,)
-        regions = torch.stack([torch.ones_like(inside), inside, background], 1)[
-                              whole].float()  # (B', 3, h, w)
-        logits = torch.einsum(
-            "bchw,brhw->brc", found.class_maps[whole], regions) / regions.sum((2, 3))[..., None]
+        regions = torch.stack([torch.ones_like(inside), inside, background], 1)
+        regions = regions[whole].float()  # (B', 3, h, w)
+        logits = torch.einsum("bchw,brhw->brc", found.class_maps[whole], regions)
+        logits = logits / regions.sum((2, 3))[..., None]
         right.append(logits.argmax(-1) == batch["label"][whole, None])  # (B', 3)
-        predicted = found.class_maps.take_along_dim(
-    found.logits.argmax(1)[
-        :, None, None, None], 1)[
-            :, 0].relu()
-        maps = torch.stack([predicted, found.cls_map, found.relation_map], 1)[
-                           whole]  # (B', 3, h, w)
-        inner = regions[:, 1:2]
+        chosen = found.logits.argmax(1)[:, None, None, None]
+        predicted = found.class_maps.take_along_dim(chosen, 1)[:, 0].relu()  # (B, h, w)
+        maps = torch.stack([predicted, found.cls_map, found.relation_map], 1)[whole]
+        inner, outer = regions[:, 1:2], 1 - regions[:, 1:2]
         ratios.append((maps * inner).sum((2, 3)) / inner.sum((2, 3))
-                      / ((maps * (1 - inner)).sum((2, 3)) / (1 - inner).sum((2, 3))))  # (B', 3)
+                      / ((maps * outer).sum((2, 3)) / outer.sum((2, 3))))  # (B', 3)
         if model.head_type == "cdm":
-            tokens, attention = model.forward_features(batch["image"])
-            cls_map = model.on_grid(mean_over_blocks(attention, "cls")[:, 1:])
-            score, bias = model.classify(tokens, cls_map)[1], model.cdm.bias
-            features = model.on_grid(tokens[:, 1:])
-            alone = [
-    torch.zeros_like(score).index_fill_(
-        1,
-        torch.tensor(g),
-        1.0) for g in range(
-            score.shape[1])]
-            parts.append(torch.stack([kernels.dynamic_conv_logits(features,
-    one,
-    weight,
-    None,
-    model.pool) for one in alone],
-     1)) # (B, G, C): what each kernel adds at score 1
+            score, part = scores_of(model, batch["image"])
             scores.append(score)
+            parts.append(part)
             labels.append(batch["label"])
     accuracy = 100 * torch.cat(right).float().mean(0)
     ratio = torch.cat(ratios).nanmedian(0).values
-    result = {f"accuracy_{name}": accuracy[i].item()
-                                                   for i, name in enumerate(("all", "object", "background"))}
-    result |= {
-    f"inside_{name}": ratio[i].item() for i, name in enumerate(
-        ("class_map", "cls_map", "relation_map"))}
+    result = dict(zip(("accuracy_all", "accuracy_object", "accuracy_background"),
+                      accuracy.tolist()))
+    result |= dict(zip(("inside_class_map", "inside_cls_map", "inside_relation_map"),
+                       ratio.tolist()))
     if scores:
-        scores, labels, parts = torch.cat(scores), torch.cat(labels), torch.cat(parts)
-        mean = scores.mean(0)  # (G,)
-        centres = torch.stack([scores[labels == c].mean(0)
-                              for c in labels.unique()])  # (classes, G)
-        share = torch.stack([(labels == c).float().mean() for c in labels.unique()])[:, None]
-        between = (share * (centres - mean) ** 2).sum() / scores.var(0, correction=0).sum()
-        same = (torch.einsum("bgc,g->bc", parts, mean) + bias).argmax(1) == labels
-        result |= {"score_variance_between": 100 * between.item(),
-    "score_std": scores.std(0).mean().item(),
-    "accuracy_mean_scores": 100 * same.float().mean().item(),
-    "accuracy_own_scores": 100 * (((parts * scores[...,
-     None]).sum(1) + bias).argmax(1) == labels) .float().mean().item()}
+        bias = model.cdm.bias
+        result |= causes_of_scores(*(torch.cat(x) for x in (scores, parts, labels)), bias)
     return result
+
+
+def regions_of(model: LCTR, batch: dict) -> tuple[Tensor, Tensor]:
+    """Which patches (B, h, w) have their centre in a box, and whose k x k window holds none."""
+    (h, w), (H, W) = model.grid, model.img_size
+    rows, columns = (torch.arange(h) + 0.5) * H / h, (torch.arange(w) + 0.5) * W / w
+    k = (model.cdm.weight if model.head_type == "cdm" else model.head.weight).shape[-1]
+    ground_truth = evaluate.to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
+    x0, y0, x1, y1 = ground_truth.unbind(-1)  # (B, M) each
+    tall = (rows >= y0[..., None]) & (rows < y1[..., None])  # (B, M, h)
+    wide = (columns >= x0[..., None]) & (columns < x1[..., None])  # (B, M, w)
+    inside = (tall[..., :, None] & wide[..., None, :]).any(1)  # (B, h, w)
+    return inside, F.max_pool2d(inside[:, None].float(), k, 1, k // 2)[:, 0] == 0
+
+
+def scores_of(model: LCTR, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The CDM's scores (B, G), and what each kernel adds to the logits at score 1 (B, G, C)."""
+    tokens, attention = model.forward_features(images)
+    cls_map = model.on_grid(mean_over_blocks(attention, "cls")[:, 1:])
+    scores, features = model.classify(tokens, cls_map)[1], model.on_grid(tokens[:, 1:])
+    parts = [kernels.dynamic_conv_logits(features, one.expand_as(scores).contiguous(),
+                                         model.cdm.weight, None, model.pool)
+             for one in torch.eye(scores.shape[1])]
+    return scores, torch.stack(parts, 1)
+
+
+def causes_of_scores(scores: Tensor, parts: Tensor, labels: Tensor, bias: Tensor) -> dict:
+    """Of scores (n, G), kernels' parts of the logits (n, G, C) and labels (n,): see causes."""
+    mean = scores.mean(0)  # (G,)
+    centres = torch.stack([scores[labels == c].mean(0) for c in labels.unique()])  # (classes, G)
+    share = torch.stack([(labels == c).float().mean() for c in labels.unique()])[:, None]
+    between = (share * (centres - mean) ** 2).sum() / scores.var(0, correction=0).sum()
+    with_mean = (torch.einsum("bgc,g->bc", parts, mean) + bias).argmax(1) == labels
+    with_own = (torch.einsum("bgc,bg->bc", parts, scores) + bias).argmax(1) == labels
+    return {"score_mean": mean.mean().item(), "score_std": scores.std(0).mean().item(),
+            "score_variance_between": 100 * between.item(),
+            "accuracy_mean_scores": 100 * with_mean.float().mean().item(),
+            "accuracy_own_scores": 100 * with_own.float().mean().item()}
 
 
 # ---------------------------------------------------------------- all runs of a table
 
 
 def run_all(flags: argparse.Namespace, extra: list[str], regimes: dict, tables: list[str]) -> None:
-    """Trains and measures what is missing: first each seed's pretraining, then its variants; a line
-    for each run.
-    """
+    """Trains and measures what is missing: each seed's pretraining, then its variants."""
     source = ["--data", flags.data, *(["--root", flags.root] if flags.root else []), *extra]
     threads = max(1, (os.cpu_count() or 1) // flags.jobs)
     variants = dict.fromkeys(row for table in tables for row in TABLES[table].values())
-    places = [(seed, regime) for seed in range(flags.seeds) for regime in regimes]
+    starts = [(seed, regime) for seed in range(flags.seeds) for regime in regimes]
 
-    def pretrain(place: tuple[int, str]) -> None:
-        seed, regime = place
+    def pretrain(start: tuple[int, str]) -> None:
+        seed, regime = start
         folder = run_folder(flags.out, regime, seed, ("pretraining",))
         if not (folder / "pretrained.pt").exists():  # the main phase is cut to one step
-            train(folder, [*source, "--seed", str(seed), * \
-                  regimes[regime], "--max-steps", "1"], threads)
+            train(folder, [*source, "--seed", str(seed), *regimes[regime], "--max-steps", "1"],
+                  threads)
         print(f"{regime}, seed {seed}: pretrained", flush=True)
 
-    def variant(place: tuple[int, str], row: tuple[str, ...]) -> None:
-        seed, regime = place
+    def variant(start: tuple[int, str], row: tuple[str, ...]) -> None:
+        seed, regime = start
         folder = run_folder(flags.out, regime, seed, row)
         if not (folder / "measured.json").exists():
-            start = [*source, "--seed", str(seed)]
+            command = [*source, "--seed", str(seed), *row]
             if flags.data == "synthetic":
                 backbone = run_folder(flags.out, regime, seed, ("pretraining",)) / "pretrained.pt"
-                start += ["--pretrained", str(backbone), "--pretrain-epochs", "0"]
-            train(folder, [*start, *row], threads)
+                command += ["--pretrained", str(backbone), "--pretrain-epochs", "0"]
+            train(folder, command, threads)
             measure(folder, (flags.data, flags.root), flags.limit_test)
         found = json.loads((folder / "measured.json").read_text())
-        known = ", ".join(
-    f"{c} {values['gt_known']:.1f}" for c,
-     values in found["couplings"].items())
+        known = ", ".join(f"{name} {row['gt_known']:.1f}"
+                          for name, row in found["couplings"].items())
         print(f"{regime}, seed {seed}, {' '.join(row) or 'default'}: "
               f"top-1 {found['top1_cls']:.1f}; GT-known: {known}", flush=True)
 
     with ThreadPoolExecutor(flags.jobs) as pool:
         try:
             if flags.data == "synthetic":
-                list(pool.map(pretrain, places))
-            jobs = [(place, row) for row in variants for place in places]  # table after table
+                list(pool.map(pretrain, starts))
+            jobs = [(start, row) for row in variants for start in starts]  # table after table
             list(pool.map(variant, *zip(*jobs)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -255,39 +247,31 @@ class Runs:
 
     def figures(self, row: tuple[str, ...]) -> list[dict]:
         return [json.loads((self.folder(row, seed) / "measured.json").read_text())
-                           for seed in self.seeds]
+                for seed in self.seeds]
 
     def hits(self, row: tuple[str, ...], key: str) -> np.ndarray:
         """(seeds, n test images) bool."""
         return np.stack([np.load(self.folder(row, seed) / "measured.npz")[key]
-                        for seed in self.seeds])
+                         for seed in self.seeds])
 
 
 # ---------------------------------------------------------------- the report
 
 
 def spread(values: list[float]) -> dict:
-    return {
-    "mean": float(
-        np.mean(values)), "std": float(
-            np.std(
-                values, ddof=1)) if len(values) > 1 else None}
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "std": deviation}
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> dict:
-    """a - b in points, from hits (seeds, n): their mean, its 95 % bootstrap interval over images,
-    and each seed's.
-    """
+    """a - b in points, from hits (seeds, n): mean, 95 % bootstrap interval over images, seeds."""
     by_image = 100 * (a.astype(float) - b).mean(0)  # (n,)
     counts = np.random.default_rng(0).multinomial(
         len(by_image), np.full(len(by_image), 1 / len(by_image)), DRAWS)
     low, high = np.quantile(counts @ by_image / len(by_image), (0.025, 0.975))
     by_seed = 100 * (a.astype(float) - b).mean(1)
-    return spread(
-    by_seed.tolist()) | {
-        "low": float(low),
-        "high": float(high),
-         "by_seed": by_seed.round(2).tolist()}
+    return spread(by_seed.tolist()) | {"low": float(low), "high": float(high),
+                                       "by_seed": by_seed.round(2).tolist()}
 
 
 def tabulate(table: str, runs: Runs) -> dict:
@@ -298,23 +282,26 @@ def tabulate(table: str, runs: Runs) -> dict:
         figures = runs.figures(row)
         for coupling in figures[0]["couplings"] if table == "8" else ("relation",):
             label = evaluate.coupling_label("conv" if "conv" in row else "cdm", coupling)
-            label = f"{name}, {label}" if coupling.endswith(
-                "-only") else label if table == "8" else name
+            if table != "8":
+                label = name
+            elif coupling.endswith("-only"):
+                label = f"{name}, {label}"
             result["rows"][label] = {"top1_cls": spread([f["top1_cls"] for f in figures])} | {
                 key: spread([f["couplings"][coupling][key] for f in figures])
                 for key in ("top1_loc", "gt_known", "threshold")}
-        result["causes"][name] = {key: spread([f["causes"][key]
-                                              for f in figures]) for key in figures[0]["causes"]}
+        result["causes"][name] = {key: spread([f["causes"][key] for f in figures])
+                                  for key in figures[0]["causes"]}
     if table == "8":
         static, cdm = rows["static head"], rows["CDM"]
-        known = lambda coupling: f"{coupling} gt_known"
+        tscam, tscam_rpam = (static, "cls gt_known"), (static, "relation gt_known")
+        cdm_alone, lctr = (cdm, "cls gt_known"), (cdm, "relation gt_known")
         pairs = [
-            ("RPAM with a static head (TS-CAM + RPAM - TS-CAM)", (static, known("relation")), (static, known("cls"))),
-            ("RPAM with the CDM (LCTR - CDM)", (cdm, known("relation")), (cdm, known("cls"))),
-            ("the CDM without RPAM (CDM - TS-CAM)", (cdm, known("cls")), (static, known("cls"))),
-            ("the CDM with RPAM (LCTR - TS-CAM + RPAM)", (cdm, known("relation")), (static, known("relation"))),
-            ("both (LCTR - TS-CAM)", (cdm, known("relation")), (static, known("cls"))),
-            ("LCTR - its patch relation alone", (cdm, known("relation")), (cdm, known("relation-only"))),
+            ("RPAM with a static head (TS-CAM + RPAM - TS-CAM)", tscam_rpam, tscam),
+            ("RPAM with the CDM (LCTR - CDM)", lctr, cdm_alone),
+            ("the CDM without RPAM (CDM - TS-CAM)", cdm_alone, tscam),
+            ("the CDM with RPAM (LCTR - TS-CAM + RPAM)", lctr, tscam_rpam),
+            ("both (LCTR - TS-CAM)", lctr, tscam),
+            ("LCTR - its patch relation alone", lctr, (cdm, "relation-only gt_known")),
             ("Top-1 Cls: CDM - static head", (cdm, "top1_cls"), (static, "top1_cls")),
             ("Top-1 Loc: LCTR - TS-CAM", (cdm, "relation top1_loc"), (static, "cls top1_loc")),
         ]
@@ -323,15 +310,8 @@ def tabulate(table: str, runs: Runs) -> dict:
         for name, row in rows.items():
             if row:
                 pairs += [(f"GT-known: {name} - {default}",
-    (row,
-    "relation gt_known"),
-    ((),
-    "relation gt_known")),
-    (f"Top-1 Cls: {name} - {default}",
-    (row,
-    "top1_cls"),
-    ((),
-     "top1_cls"))]
+                           (row, "relation gt_known"), ((), "relation gt_known")),
+                          (f"Top-1 Cls: {name} - {default}", (row, "top1_cls"), ((), "top1_cls"))]
     for label, a, b in pairs:
         result["differences"][label] = difference(runs.hits(*a), runs.hits(*b))
     return result
@@ -340,57 +320,49 @@ def tabulate(table: str, runs: Runs) -> dict:
 def markdown(title: str, result: dict) -> str:
     """The three tables of a result, as README shows them."""
     def figure(value: dict) -> str:
-        return f"{value['mean']:.1f}" + \
-            (f" ± {value['std']:.1f}" if value["std"] is not None else "")
+        deviation = f" ± {value['std']:.1f}" if value["std"] is not None else ""
+        return f"{value['mean']:.1f}{deviation}"
 
-    lines = [
-    f"#### {title}",
-    "",
-    "| row | Top-1 Cls | Top-1 Loc | GT-known |",
-     "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {name} | " +
-    " | ".join(figure(row[key]) for key in ("top1_cls", "top1_loc", "gt_known")) +
-     " |" for name, row in result["rows"].items()]
-    lines += ["",
-    "| difference, points | mean ± std over seeds | 95 % over images |",
-     "| --- | ---: | ---: |"]
-    lines += [f"| {name} | {value['mean']:+.1f}" +
-    (f" ± {value['std']:.1f}" if value["std"] is not None else "") +
-     f" | {value['low']:+.1f} to {value['high']:+.1f} |" for name, value in result["differences"].items()]
+    lines = [f"#### {title}", "", "| row | Top-1 Cls | Top-1 Loc | GT-known |",
+             "| --- | ---: | ---: | ---: |"]
+    lines += [f"| {name} | {figure(row['top1_cls'])} | {figure(row['top1_loc'])} | "
+              f"{figure(row['gt_known'])} |" for name, row in result["rows"].items()]
+    lines += ["", "| difference, points | mean ± std over seeds | 95 % over images |",
+              "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {'+' if value['mean'] >= 0 else ''}{figure(value)} | "
+              f"{value['low']:+.1f} to {value['high']:+.1f} |"
+              for name, value in result["differences"].items()]
     names = list(result["causes"])
     lines += ["", f"| cause | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     keys = dict.fromkeys(key for name in names for key in result["causes"][name])
-    lines += [f"| `{key}` | " + " | ".join(
-        f"{causes[key]['mean']:.3g}" if key in causes else "" for causes in result["causes"].values()) + " |"
-        for key in keys]
+    for key in keys:
+        cells = [f"{causes[key]['mean']:.3g}" if key in causes else ""
+                 for causes in result["causes"].values()]
+        lines.append(f"| `{key}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def count(text: str) -> int:
+    return max(1, int(text))
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog="All other flags go to train.py.")
     parser.error = lambda message: parser.exit(2, f"study.py: error: {message}\n")
-    count = lambda text: max(1, int(text))
     parser.add_argument("table", choices=[*TABLES, "all"])
-    parser.add_argument(
-    "--seeds",
-    type=count,
-    default=3,
-     help="runs of each row, seeds 0, 1, ... (default 3)")
-    parser.add_argument(
-    "--jobs",
-    type=count,
-    default=1,
-     help="runs at a time, which share the cores (default 1)")
+    parser.add_argument("--seeds", type=count, default=3,
+                        help="runs of each row, seeds 0, 1, ... (default 3)")
+    parser.add_argument("--jobs", type=count, default=1,
+                        help="runs at a time, which share the cores (default 1)")
     parser.add_argument("--regime", choices=REGIMES, help="only this pretraining of the birds")
     parser.add_argument("--data", default="synthetic")
     parser.add_argument("--root")
     parser.add_argument("--limit-test", type=count, help="score that many images of val and test")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
-    parser.add_argument(
-    "--results",
-    type=Path,
-     help="JSON to add the tables to; .md beside it (default: study.json in --out)")
+    parser.add_argument("--results", type=Path,
+                        help="JSON to add the tables to; .md beside it (default: study.json "
+                        "in --out)")
     argv = sys.argv[1:] if argv is None else argv
     flags, extra = parser.parse_known_args(argv)
     tables = list(TABLES) if flags.table == "all" else [flags.table]
@@ -409,24 +381,12 @@ def main(argv: list[str] | None = None) -> None:
                 title = ", ".join(filter(None, (name, regime, " ".join(extra))))
                 known[title] = about | tabulate(table, Runs(flags.out, regime, flags.seeds))
                 print(f"\n{markdown(title, known[title])}")
-        evaluate.write_text(results, json.dumps(known, indent=1))
-        page = [
-    f"{markdown(title, result)}\n\n    {result['command']}\n" for title,
-     result in known.items()]
-        evaluate.write_text(results.with_suffix(".md"), "\n".join(page))
+        write_text(results, json.dumps(known, indent=1))
+        page = [f"{markdown(title, result)}\n\n    {result['command']}\n"
+                for title, result in known.items()]
+        write_text(results.with_suffix(".md"), "\n".join(page))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"study.py: error: {error}")
-
-
-def commit() -> str:
-    """Of the code; empty without git or a repository, of which the shell makes no exception."""
-    found = subprocess.run(
-    "git rev-parse --short HEAD",
-    shell=True,
-    cwd=ROOT,
-    capture_output=True,
-     text=True)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":
