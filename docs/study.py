@@ -1,7 +1,7 @@
 """The ablation study: the paper's Tables 5 to 8, and what the paper leaves open.
 
     python docs/study.py all --jobs 2  # synthetic birds
-    python docs/study.py 8 --seeds 5 --species 54  # birds that are harder to tell apart
+    python docs/study.py 8 --seeds 5 --species 45  # birds that are harder to tell apart
     python docs/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
 
 Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two

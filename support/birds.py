@@ -14,11 +14,10 @@ BIRDS = {"train": 12_000, "val": 600, "test": 1000}
 BIRD_STREAMS = {"train": 1, "val": 2, "test": 3}  # the seed's first word: splits share no bird
 HUES = {"red": (0.0, 0.85, 0.85), "yellow": (0.14, 0.9, 0.95), "blue": (0.6, 0.85, 0.85)}  # HSV
 MARKS = ("cap", "ring", "bib")
-BEAKS = {"": (0.11, 0.6, 0.8), "-redbeak": (0.0, 0.75, 0.75), "-darkbeak": (0.0, 0.0, 0.12)}
-WINGS = {"": None, "-whitebar": (0.0, 0.0, 0.95)}  # the colour of a bar across the wing
-SPECIES = [  # the first 9 differ in the head alone, the others in finer marks too
-    f"{hue}-{mark}{beak}{wing}" for wing in WINGS for beak in BEAKS for mark in MARKS
-    for hue in HUES]
+WINGS = {"plain": None, "white": (0.0, 0.0, 0.95)} | HUES  # the colour of a band across the wing
+SPECIES = [  # the first 9 differ in the head alone, the others in the wing too
+    f"{hue}-{mark}" + f"-{wing}" * (wing != "plain")
+    for wing in WINGS for mark in MARKS for hue in HUES]
 DECOYS = [*HUES.values(), (0.83, 0.65, 0.85), (0.36, 0.8, 0.65), (0.0, 0.0, 0.97)]
 PALETTES = [  # of the body, HSV
     (0.07, 0.55, 0.45), (0.10, 0.35, 0.70), (0.58, 0.25, 0.50), (0.22, 0.35, 0.45),
@@ -55,8 +54,8 @@ def draw_bird(stream: int, index: int, size: tuple[int, int] = (64, 64), species
 
     Returns the picture (h, w, 3) uint8, the label, the palette and the box, xyxy in pixels. The
     species, the first so many of SPECIES, are told by the hue and the marking of the head, an
-    eighth to a fifth of the picture across; beyond 9 also by the beak's colour, beyond 27 by a bar
-    across the wing. Berries lie about in the heads' hues. The body's palette is the species' own in
+    eighth to a fifth of the picture across; beyond 9 also by the colour of a band across the wing.
+    Berries lie about in the heads' hues. The body's palette is the species' own in
     PALETTE_CUE of the birds, else any; shape, plumage, pose, place and scenery are free. The box
     covers head, beak, body, tail and legs.
     """
@@ -151,8 +150,7 @@ def _bird(u, label, palette):
     x points forward, y down; the body is 2 long and centred at 0.
     """
     label, hue = divmod(label, len(HUES))
-    label, mark = divmod(label, len(MARKS))
-    wing_mark, beak_mark = divmod(label, len(BEAKS))
+    band, mark = divmod(label, len(MARKS))
     h, s, v = list(HUES.values())[hue]
     hue = _hsv(h + u(-0.025, 0.025), s * u(0.85, 1.1), v * u(0.85, 1.1))
     dark = _hsv(0, 0, u(0.03, 0.15))
@@ -201,15 +199,14 @@ def _bird(u, label, palette):
     wing = _turned(WING, u(-0.2, 0), u(-0.15, 0), u(0.5, 0.62), deep * u(0.5, 0.65), u(-0.25, 0.3))
     add(_hsv(h + 0.02, s, v * u(0.6, 0.75)), wing)
     add(_hsv(h + 0.02, s, v * 0.45), wing[11:18])
-    if bar := list(WINGS.values())[wing_mark]:  # a sixth of the wing, across its middle
-        middle, thick = wing.mean(0), (wing[0] - wing[14]) / 12
+    if band := list(WINGS.values())[band]:  # a quarter of the wing, across its middle
+        middle, thick = wing.mean(0), (wing[0] - wing[14]) / 8
         top, bottom = (0.8 * (wing[i] - middle) for i in (21, 7))
-        add(_hsv(*bar), middle + top - thick, middle + top + thick, middle + bottom + thick,
+        add(_hsv(*band), middle + top - thick, middle + top + thick, middle + bottom + thick,
             middle + bottom - thick)
 
     beak = x + r + u(0.15, 0.4), y + u(-0.05, 0.15)
-    add(_hsv(*list(BEAKS.values())[beak_mark]), (x + r * 0.8, y - r * 0.35), beak,
-        (x + r * 0.8, y + r * 0.4))
+    add(_hsv(0.11, 0.6, 0.8), (x + r * 0.8, y - r * 0.35), beak, (x + r * 0.8, y + r * 0.4))
     disc(hue, x, y, r)
     mark = MARKS[mark]
     if mark == "cap":

@@ -26,8 +26,8 @@ def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace,
     add(to, "--data", "data set, which picks the defaults of all other flags (default: synthetic)",
         choices=recipes, default="synthetic")
     add(to, "--root", "folder of the data set; the synthetic birds need none")
-    add(to, "--species", "how many kinds of birds, up to 54: the more, the finer the marks that "
-        "tell them apart (default: 9)", type=number(int, 2, 55))
+    add(to, "--species", "how many kinds of birds, up to 45: beyond 9 the wing counts as well "
+        "as the head (default: 9)", type=number(int, 2, 46))
     add(to, "--limit-train", "keep that many training images, spread evenly", type=positive)
     add(to, "--limit-test", "keep that many test and val images", type=positive)
     add(to, "--workers", "processes that load images (default: 8 on a GPU, 0 on a CPU)",
