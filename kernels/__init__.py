@@ -141,7 +141,7 @@ def class_maps(
     path = _path("cdm", "x", x, backend)
     if _needs_grad(x, scores, weight, bias):
         path = torch_path
-    B, K, size = len(x), classes.shape[1], x.shape[2:]
+    B, K, size = x.shape[0], classes.shape[1], x.shape[2:]
     with autocast_off(x):
         # Each position's product with every tap; fold adds them up where the mirrored taps point.
         products = path.class_products(x, scores, weight, classes)  # (B, K*k*k, h*w)

@@ -66,7 +66,7 @@ def check_conv(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def check_classes(classes: Tensor, x: Tensor, C: int) -> None:
-    fits = classes.ndim == 2 and len(classes) == len(x)
+    fits = classes.ndim == 2 and classes.shape[0] == x.shape[0]
     if not fits or classes.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"classes: got {classes.dtype} of shape {tuple(classes.shape)}, "
                          f"need int64 of ({len(x)}, K)")

@@ -39,8 +39,9 @@ def attention_relation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads, the next step, copies nothing
     columns = q.new_zeros(B, T, dtype=wide)
     q, k = (q / math.sqrt(d)).to(wide) if q.dtype == wide else q.to(wide) / math.sqrt(d), k.to(wide)
-    images = max(1, HELD // T**2 if q.device.type == "cpu" else B)
-    for first in range(0, B, images):
+    dynamic = isinstance(B, torch.SymInt)  # torch.export with any number of images: all at a time
+    images = B if dynamic or q.device.type != "cpu" else max(1, HELD // T**2)
+    for first in [0] if dynamic else range(0, B, images):
         b = slice(first, first + images)
         for s in range(S):
             attn = (q[b, s] @ k[b, s].mT).softmax(-1)  # (images, T, T)
