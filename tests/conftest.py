@@ -1,4 +1,6 @@
-"""Triton's interpreter must be chosen before triton is imported; without it the kernels cannot run on a CPU."""
+"""Triton's interpreter must be chosen before triton is imported; without it the kernels cannot run
+on a CPU.
+"""
 
 import os
 
@@ -10,8 +12,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 @pytest.fixture
 def compile_whole():
-    """torch.compile that raises where it would break the graph; without a code generator, which would need a
-    compiler. What earlier tests compiled would count towards the limit of recompilations."""
+    """torch.compile that raises where it would break the graph; without a code generator, which
+    would need a compiler. What earlier tests compiled would count towards the limit of
+    recompilations.
+    """
     import torch
 
     torch.compiler.reset()

@@ -1,4 +1,6 @@
-"""Broken input through the command line functions: each ends in one line that names it, and leaves nothing broken."""
+"""Broken input through the command line functions: each ends in one line that names it, and leaves
+nothing broken.
+"""
 
 import json
 import os
@@ -17,8 +19,10 @@ import evaluate
 import train
 
 CLASSES = ("001.Albatross", "002.Auklet", "003.Bunting")
-CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt", "classes.txt")
-TINY = ("--img-size 16 --patch-size 8 --embed-dim 12 --depth 1 --num-heads 2 --batch-size 4 --epochs 1").split()
+CUB_FILES = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "bounding_boxes.txt",
+             "classes.txt")
+TINY = ("--img-size 16 --patch-size 8 --embed-dim 12 --depth 1 --num-heads 2 --batch-size 4 "
+        "--epochs 1").split()
 TRAIN_IMAGE, TEST_IMAGE = "images/002.Auklet/Auklet_5.jpg", "images/002.Auklet/Auklet_6.jpg"
 pytestmark = pytest.mark.usefixtures("without_pictures")
 many = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -30,7 +34,9 @@ def noise(seed, size=(24, 20)):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """CUB's official layout: 3 classes of 4 images, every other one for training, all boxes 12 x 10."""
+    """CUB's official layout: 3 classes of 4 images, every other one for training, all boxes 12 x
+    10.
+    """
     root = tmp_path_factory.mktemp("cub") / "CUB_200_2011"
     tables = {name: "" for name in CUB_FILES}
     for i in range(1, 13):
@@ -65,12 +71,14 @@ def call(capsys, script, *flags):
     except SystemExit as stop:
         status = stop.code
     out, err = capsys.readouterr()
-    return (1, out, f"{err}{status}\n") if isinstance(status, str) else (status or 0, out, err)  # as python itself does
+    # as python itself does
+    return (1, out, f"{err}{status}\n") if isinstance(status, str) else (status or 0, out, err)
 
 
 def error_of(result, script, status=1):
     found, _, err = result
-    assert (found, err.count("\n")) == (status, 1) and err.startswith(f"{script.__name__}.py: error: "), err
+    assert (found, err.count("\n")) == (status, 1), err
+    assert err.startswith(f"{script.__name__}.py: error: "), err
     return err
 
 
@@ -84,7 +92,8 @@ def evaluate_on(root, trained, out, *flags):
 
 def assert_whole(out):
     """Every file that a script left can be read to its end."""
-    readers = {".json": lambda path: json.loads(path.read_text()), ".png": lambda path: Image.open(path).load(),
+    readers = {".json": lambda path: json.loads(path.read_text()),
+               ".png": lambda path: Image.open(path).load(),
                ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
                ".pt": lambda path: torch.load(path, weights_only=True)}
     for path in out.rglob("*.*[a-z]") if out.exists() else ():
@@ -94,7 +103,8 @@ def assert_whole(out):
 
 
 def assert_both_fail(capsys, root, trained, tmp_path, *words):
-    for command in (train_on(root, tmp_path / "run"), evaluate_on(root, trained, tmp_path / "evaluation")):
+    for command in (train_on(root, tmp_path / "run"),
+                    evaluate_on(root, trained, tmp_path / "evaluation")):
         line = error_of(call(capsys, *command), command[0])
         assert all(word in line for word in words), line
         assert_whole(tmp_path / "run"), assert_whole(tmp_path / "evaluation")
@@ -122,11 +132,15 @@ LINES = [
     ("bounding_boxes.txt", "5 4.0 3.0 12.0 0"), ("bounding_boxes.txt", "5 nan 3.0 12.0 10.0"),
     ("bounding_boxes.txt", "5 4.0 3.0 inf 10.0"), ("bounding_boxes.txt", "5 4.0 3.0 12.0"),
     ("bounding_boxes.txt", "99 4.0 3.0 12.0 10.0"), ("bounding_boxes.txt", "4 4.0 3.0 12.0 10.0"),
-    ("image_class_labels.txt", "5 two"), ("image_class_labels.txt", "5 0"), ("image_class_labels.txt", "5 4"),
-    ("image_class_labels.txt", "5 nan"), ("image_class_labels.txt", "99 1"), ("image_class_labels.txt", "4 2"),
-    ("train_test_split.txt", "5 2"), ("train_test_split.txt", "5 -1"), ("train_test_split.txt", "5 yes"),
+    ("image_class_labels.txt", "5 two"), ("image_class_labels.txt", "5 0"),
+    ("image_class_labels.txt", "5 4"),
+    ("image_class_labels.txt", "5 nan"), ("image_class_labels.txt", "99 1"),
+    ("image_class_labels.txt", "4 2"),
+    ("train_test_split.txt", "5 2"), ("train_test_split.txt", "5 -1"),
+    ("train_test_split.txt", "5 yes"),
     ("train_test_split.txt", "99 1"), ("train_test_split.txt", "4 1"),
-    ("images.txt", "five a.jpg"), ("images.txt", "4 a.jpg"), ("images.txt", "5 001.Albatross/Albatross_1.jpg"),
+    ("images.txt", "five a.jpg"), ("images.txt", "4 a.jpg"),
+    ("images.txt", "5 001.Albatross/Albatross_1.jpg"),
 ]
 
 
@@ -139,7 +153,8 @@ def test_lines_that_are_wrong(capsys, cub, trained, tmp_path, name, line):
 
 
 @pytest.mark.parametrize("text, word", [
-    ("1 a\n2 b\n2 c\n", "classes.txt:3: "), ("1 a\n2 b\n4 d\n", "needs 1 to 3"), ("0 a\n1 b\n2 c\n", "needs 1 to 3"),
+    ("1 a\n2 b\n2 c\n", "classes.txt:3: "), ("1 a\n2 b\n4 d\n", "needs 1 to 3"),
+    ("0 a\n1 b\n2 c\n", "needs 1 to 3"),
     ("one a\n2 b\n3 c\n", "classes.txt:1: "), ("1 a\n2 b\n", "image_class_labels.txt:9: ")])
 def test_classes_that_are_wrong(capsys, cub, trained, tmp_path, text, word):
     (cub / "classes.txt").write_text(text)
@@ -148,9 +163,11 @@ def test_classes_that_are_wrong(capsys, cub, trained, tmp_path, text, word):
 
 def test_windows_line_ends_and_a_byte_order_mark_are_fine(capsys, cub, trained, tmp_path):
     for name in CUB_FILES:
-        (cub / name).write_bytes(b"\xef\xbb\xbf" + (cub / name).read_bytes().replace(b"\n", b"\r\n"))
+        content = (cub / name).read_bytes().replace(b"\n", b"\r\n")
+        (cub / name).write_bytes(b"\xef\xbb\xbf" + content)
     assert call(capsys, *evaluate_on(cub, trained, tmp_path / "out"))[0::2] == (0, "")
-    ours, theirs = ([json.loads(line) | {"path": ""} for line in (out / "predictions.jsonl").read_text().splitlines()]
+    ours, theirs = ([json.loads(line) | {"path": ""}
+                     for line in (out / "predictions.jsonl").read_text().splitlines()]
                     for out in (tmp_path / "out", trained))
     assert ours == theirs and len(ours) == 6
 
@@ -169,7 +186,8 @@ def half(path):
 
 
 IMAGE_FAULTS = {
-    "missing": lambda path: path.unlink(), "zero bytes": lambda path: path.write_bytes(b""), "half": half,
+    "missing": lambda path: path.unlink(), "zero bytes": lambda path: path.write_bytes(b""),
+    "half": half,
     "page": lambda path: path.write_text("<!DOCTYPE html><title>404</title>"),
     "bomb": lambda path: noise(0, (60, 60)).save(path),
 }
@@ -191,14 +209,16 @@ def test_scored_images_that_are_broken(capsys, small_bombs, cub, trained, tmp_pa
 @pytest.mark.parametrize("fault", IMAGE_FAULTS)
 def test_training_images_that_are_broken(capsys, small_bombs, cub, tmp_path, fault, workers):
     IMAGE_FAULTS[fault](cub / TRAIN_IMAGE)
-    line = error_of(call(capsys, *train_on(cub, tmp_path / "run", "--workers", workers, "--batch-size", 6)), train)
+    line = error_of(call(capsys, *train_on(cub, tmp_path / "run", "--workers", workers,
+                                           "--batch-size", 6)), train)
     assert str(cub / TRAIN_IMAGE) in line
     assert_whole(tmp_path / "run")
 
 
 def test_a_loading_process_that_the_system_kills(capsys, monkeypatch, cub, tmp_path):
     load, parent = data.load_image, os.getpid()
-    monkeypatch.setattr(data, "load_image", lambda *a: os.kill(os.getpid(), 9) if os.getpid() != parent else load(*a))
+    monkeypatch.setattr(data, "load_image",
+                        lambda *a: os.kill(os.getpid(), 9) if os.getpid() != parent else load(*a))
     line = error_of(call(capsys, *train_on(cub, tmp_path / "run", "--workers", 1)), train)
     assert "DataLoader worker" in line
     assert_whole(tmp_path / "run")
@@ -222,7 +242,8 @@ def test_odd_pictures_are_trained_on_and_scored(capsys, cub, tmp_path, workers):
     assert (status, err) == (0, "")
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert (metrics["n"], metrics["n_boxes"]) == (6, 3)
-    assert "note: 3 boxes lie outside their images" in out and "note: 3 of 6 test images have no box" in out
+    assert "note: 3 boxes lie outside their images" in out
+    assert "note: 3 of 6 test images have no box" in out
 
 
 # ---------------------------------------------------------------- weights
@@ -244,10 +265,12 @@ def change_model(change):
 
 RAW = {
     "missing": None, "empty": lambda whole: b"", "cut": lambda whole: whole[:len(whole) // 2],
-    "page": lambda whole: b"<!DOCTYPE html><title>404</title>", "zeros": lambda whole: bytes(len(whole)),
+    "page": lambda whole: b"<!DOCTYPE html><title>404</title>",
+    "zeros": lambda whole: bytes(len(whole)),
 }
 SAVED = {  # for every use of a file
-    "a list": lambda saved: [saved], "no dict": lambda saved: {"model": torch.zeros(3), "state_dict": 3},
+    "a list": lambda saved: [saved],
+    "no dict": lambda saved: {"model": torch.zeros(3), "state_dict": 3},
     "numbers as keys": lambda saved: saved | {"model": {1: torch.zeros(3)}},
     "alien keys": lambda saved: saved | {"model": {"layer1.0.conv1.weight": torch.zeros(3)}},
     "other shapes": change_model({"norm.weight": torch.ones(13)}),
@@ -257,32 +280,40 @@ SAVED = {  # for every use of a file
 }
 ONE_USE = {
     "--resume": {
-        "no optimizer": lambda saved: {key: value for key, value in saved.items() if key != "optimizer"},
+        "no optimizer": lambda saved: {
+            key: value for key, value in saved.items() if key != "optimizer"},
         "another optimizer": lambda saved: saved | {"optimizer": {"state": {}, "param_groups": []}},
-        "no state": lambda saved: saved | {"rng": None}, "alien phase": lambda saved: saved | {"phase": "third"},
-        "no config": lambda saved: saved | {"config": None}, "no step": lambda saved: saved | {"step": None},
+        "no state": lambda saved: saved | {"rng": None},
+        "alien phase": lambda saved: saved | {"phase": "third"},
+        "no config": lambda saved: saved | {"config": None},
+        "no step": lambda saved: saved | {"step": None},
         "only weights": lambda saved: saved["model"],
     },
     "--checkpoint": {
         "few classes": lambda saved: saved | {"classes": ["one"]},
         "no classes": lambda saved: saved | {"classes": None},
-        "no config": lambda saved: saved | {"config": None}, "empty config": lambda saved: saved | {"config": {}},
+        "no config": lambda saved: saved | {"config": None},
+        "empty config": lambda saved: saved | {"config": {}},
         "pretraining": lambda saved: saved | {"phase": "pretrain"},
-        "few weights": lambda saved: saved | {"model": {"norm.weight": saved["model"]["norm.weight"]}},
+        "few weights": lambda saved: saved | {
+            "model": {"norm.weight": saved["model"]["norm.weight"]}},
     },
-    "--pretrained": {"of another width": lambda saved: {"model": {"pos_embed": torch.zeros(1, 5, 24)}}},
+    "--pretrained": {
+        "of another width": lambda saved: {"model": {"pos_embed": torch.zeros(1, 5, 24)}}},
 }
 
 
 def weights_result(capsys, flag, file, whole, trained, tmp_path):
     """(what train or evaluate said, which of them it was) when given this file of weights."""
     if flag == "--checkpoint":
-        return call(capsys, evaluate, flag, file, "--root", whole, "--out", tmp_path / "out"), evaluate
+        return call(capsys, evaluate, flag, file, "--root", whole, "--out",
+                    tmp_path / "out"), evaluate
     return call(capsys, *train_on(whole, tmp_path / "out", flag, file)), train
 
 
 @pytest.mark.parametrize("flag, fault", [
-    *((flag, fault) for flag in ONE_USE for fault in (*RAW, "folder", "code", *SAVED, *ONE_USE[flag]))])
+    *((flag, fault) for flag in ONE_USE
+      for fault in (*RAW, "folder", "code", *SAVED, *ONE_USE[flag]))])
 def test_weights_that_are_broken(capsys, whole, trained, tmp_path, flag, fault):
     file, last = tmp_path / "odd name.pt", trained / "last.pt"
     changes = SAVED | ONE_USE[flag]
@@ -315,7 +346,8 @@ def test_an_out_that_is_or_lies_in_a_file(capsys, whole, trained, tmp_path, belo
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
 def test_an_out_that_is_read_only(capsys, whole, trained, tmp_path):
     tmp_path.chmod(0o500)
-    for command in (train_on(whole, tmp_path / "run"), evaluate_on(whole, trained, tmp_path / "evaluation")):
+    for command in (train_on(whole, tmp_path / "run"),
+                    evaluate_on(whole, trained, tmp_path / "evaluation")):
         assert str(tmp_path) in error_of(call(capsys, *command), command[0])
     tmp_path.chmod(0o700)
 
@@ -343,7 +375,8 @@ def works_or_says_so(result, script, *words):
 def test_damaged_annotations(capsys, whole, cub, trained, tmp_path, seed, name):
     shutil.copy(whole / name, cub / name)
     damage(cub / name, seed)
-    works_or_says_so(call(capsys, *evaluate_on(cub, trained, tmp_path / "out")), evaluate, str(cub), "classes are not")
+    works_or_says_so(call(capsys, *evaluate_on(cub, trained, tmp_path / "out")), evaluate,
+                     str(cub), "classes are not")
     assert_whole(tmp_path / "out")
     shutil.copy(whole / name, cub / name)
 
@@ -362,8 +395,10 @@ def test_damaged_images(capsys, whole, cub, tmp_path, seed, name):
 @given(seed=st.integers(0, 2**32), flag=st.sampled_from(list(ONE_USE)))
 def test_damaged_weights(capsys, whole, trained, tmp_path, seed, flag):
     file = tmp_path / "odd name.pt"
-    torch.save(torch.load(trained / "last.pt", weights_only=True) | {"step": 0}, file)  # the one step is to be done again
+    # the one step is to be done again
+    torch.save(torch.load(trained / "last.pt", weights_only=True) | {"step": 0}, file)
     damage(file, seed)
-    works_or_says_so(*weights_result(capsys, flag, file, whole, trained, tmp_path), str(file), "not finite")
+    works_or_says_so(*weights_result(capsys, flag, file, whole, trained, tmp_path), str(file),
+                     "not finite")
     assert_whole(tmp_path / "out")
     shutil.rmtree(tmp_path / "out", ignore_errors=True)

@@ -23,7 +23,8 @@ def make(num_classes=7, *, dtype=torch.float64, **switches):
     torch.manual_seed(0)
     model = LCTR(num_classes, **{**SIZE, **switches}).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and attention far from zero, so that nothing cancels by chance
+        # biases and attention far from zero, so that nothing cancels by chance
+        for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
 
@@ -43,17 +44,21 @@ def test_tokens_equal_torchs_own_encoder():
     model, x = make(), images()
     layers = []
     for block in model.blocks:
-        layer = torch.nn.TransformerEncoderLayer(12, 2, 48, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True)
+        layer = torch.nn.TransformerEncoderLayer(12, 2, 48, 0.0, "gelu", 1e-6, batch_first=True,
+                                                 norm_first=True)
         layer.load_state_dict({
-            "self_attn.in_proj_weight": block.attn.qkv.weight, "self_attn.in_proj_bias": block.attn.qkv.bias,
-            "self_attn.out_proj.weight": block.attn.proj.weight, "self_attn.out_proj.bias": block.attn.proj.bias,
+            "self_attn.in_proj_weight": block.attn.qkv.weight,
+            "self_attn.in_proj_bias": block.attn.qkv.bias,
+            "self_attn.out_proj.weight": block.attn.proj.weight,
+            "self_attn.out_proj.bias": block.attn.proj.bias,
             "linear1.weight": block.mlp.fc1.weight, "linear1.bias": block.mlp.fc1.bias,
             "linear2.weight": block.mlp.fc2.weight, "linear2.bias": block.mlp.fc2.bias,
             "norm1.weight": block.norm1.weight, "norm1.bias": block.norm1.bias,
             "norm2.weight": block.norm2.weight, "norm2.bias": block.norm2.bias,
         }, assign=True)
         layers.append(layer.eval())
-    patches = F.unfold(x, 4, stride=4).mT @ model.patch_embed.proj.weight.flatten(1).T + model.patch_embed.proj.bias
+    projection = model.patch_embed.proj.weight.flatten(1).T
+    patches = F.unfold(x, 4, stride=4).mT @ projection + model.patch_embed.proj.bias
     tokens = torch.cat([model.cls_token.expand(2, -1, -1), patches], 1) + model.pos_embed  # Eq. 1
     with torch.no_grad():
         for layer in layers:
@@ -83,12 +88,15 @@ def test_the_three_kinds_of_attention_agree_and_full_is_a_softmax():
 def test_stochastic_depth_drops_whole_branches_more_often_in_later_blocks():
     model = make(drop_path=0.5).train()
     kept = model.stochastic_depth(4000, None)  # (B, L, 2)
-    assert [kept[:, l].unique().tolist() for l in range(3)] == [[1.0], [0.0, pytest.approx(4 / 3)], [0.0, 2.0]]
+    assert [kept[:, l].unique().tolist() for l in range(3)] == [[1.0], [0.0, pytest.approx(4 / 3)],
+                                                                [0.0, 2.0]]
     equal(kept.mean((0, 2)), torch.ones(3, dtype=kept.dtype), 0.05)
-    x, noise = images(), torch.tensor([[[0.1, 0.9], [0.9, 0.1], [0.1, 0.9]], [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1]]])
+    x, noise = images(), torch.tensor([[[0.1, 0.9], [0.9, 0.1], [0.1, 0.9]],
+                                       [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1]]])
     tokens = model.embed(x)
     for rate, block, drawn in zip((0, 0.25, 0.5), model.blocks, noise.unbind(1)):
-        attention_kept, mlp_kept = (drawn >= rate).double().T[:, :, None, None] / (1 - rate)  # each (B, 1, 1)
+        # each (B, 1, 1)
+        attention_kept, mlp_kept = (drawn >= rate).double().T[:, :, None, None] / (1 - rate)
         tokens = tokens + attention_kept * block.attn(block.norm1(tokens), "cls")[0]
         tokens = tokens + mlp_kept * block.mlp(block.norm2(tokens))
     equal(model.forward_features(x, "cls", noise)[0], model.norm(tokens))
@@ -99,37 +107,47 @@ def test_stochastic_depth_drops_whole_branches_more_often_in_later_blocks():
 
 
 def naive(model, x, scorer="separate", erase="raw", pool="gap"):
-    """The whole model from materialised attention, one equation a line: logits, all class maps, M~c, M^r."""
+    """The whole model from materialised attention, one equation a line: logits, all class maps,
+    M~c, M^r.
+    """
     tokens, blocks = model.forward_features(x, "full")
     mean = torch.stack([block.full.mean(1) for block in blocks]).mean(0)  # (B, N+1, N+1)
     M_c = mean[:, 0, 1:].reshape(-1, 3, 5)
-    M_r = torch.stack([(A[:, 0, :, None] * A[:, :, 1:]).mean(1) for A in (b.full.mean(1) for b in blocks)]).mean(0)
+    M_r = torch.stack([(A[:, 0, :, None] * A[:, :, 1:]).mean(1)
+                       for A in (b.full.mean(1) for b in blocks)]).mean(0)
     X = tokens[:, 1:].transpose(1, 2).reshape(len(x), -1, 3, 5)
     if hasattr(model, "head"):
-        maps = F.conv2d(X, model.head.weight, model.head.bias, padding=model.head.weight.shape[-1] // 2)
+        maps = F.conv2d(X, model.head.weight, model.head.bias,
+                        padding=model.head.weight.shape[-1] // 2)
     else:
         erased = M_c
         if erase == "minmax":
             erased = torch.stack([(m - m.min()) / (m.max() - m.min()) for m in M_c])
-        cues = F.conv2d(X * (1 - erased)[:, None], model.cdm.conv.weight, model.cdm.conv.bias, padding=1)
+        cues = F.conv2d(X * (1 - erased)[:, None], model.cdm.conv.weight, model.cdm.conv.bias,
+                        padding=1)
         gap, gmp = cues.flatten(2).mean(2), cues.flatten(2).max(2).values
         S = {"gap": lambda c: c.score_avg(gap), "gmp": lambda c: c.score_max(gmp),
              "shared": lambda c: c.score_avg(gap + gmp),
              "separate": lambda c: c.score_avg(gap) + c.score_max(gmp)}[scorer](model.cdm).sigmoid()
         W = model.cdm.weight
-        maps = torch.cat([F.conv2d(X[b:b + 1], sum(S[b, g] * W[g] for g in range(len(W))), model.cdm.bias,
+        maps = torch.cat([F.conv2d(X[b:b + 1], sum(S[b, g] * W[g] for g in range(len(W))),
+                                   model.cdm.bias,
                                    padding=W.shape[-1] // 2) for b in range(len(x))])  # Eq. 6
     pooled = F.avg_pool2d(maps, 3, 1, 1) if pool == "padded" else maps
     return pooled.mean((2, 3)), maps, M_c, M_r.reshape(-1, 3, 5)
 
 
 @pytest.mark.parametrize("switches", [
-    {}, {"scorer": "shared"}, {"scorer": "gap"}, {"scorer": "gmp"}, {"erase": "minmax"}, {"pool": "padded"},
-    {"num_kernels": 1}, {"kernel_size": 1}, {"head": "conv"}, {"head": "conv", "kernel_size": 1, "pool": "padded"},
+    {}, {"scorer": "shared"}, {"scorer": "gap"}, {"scorer": "gmp"}, {"erase": "minmax"},
+    {"pool": "padded"},
+    {"num_kernels": 1}, {"kernel_size": 1}, {"head": "conv"},
+    {"head": "conv", "kernel_size": 1, "pool": "padded"},
 ], ids=str)
 def test_model_equals_the_equations(switches):
     model, x = make(**switches), images(3)
-    logits, maps, M_c, M_r = naive(model, x, **{k: v for k, v in switches.items() if k in ("scorer", "erase", "pool")})
+    logits, maps, M_c, M_r = naive(model, x,
+                                   **{k: v for k, v in switches.items()
+                                      if k in ("scorer", "erase", "pool")})
     equal(model(x), logits)
     found = model.localize(x)
     equal(found.logits, logits), equal(found.cls_map, M_c), equal(found.relation_map, M_r)
@@ -145,9 +163,11 @@ def test_model_equals_the_equations(switches):
     equal(found.class_maps, torch.stack([m[c] for m, c in zip(maps, ids)]))
 
 
-@pytest.mark.parametrize("switches", [{}, {"erase": "minmax", "pool": "padded"}, {"head": "conv"}], ids=str)
+@pytest.mark.parametrize("switches", [{}, {"erase": "minmax", "pool": "padded"}, {"head": "conv"}],
+                         ids=str)
 def test_training_gradient_is_that_of_the_equations(switches):
-    """All parameters learn; the CDM's gradient reaches the attention, whose maps are not detached."""
+    """All parameters learn; the CDM's gradient reaches the attention, whose maps are not detached.
+    """
     model, x, labels = make(**switches), images(), torch.tensor([3, 5])
     expected = naive(model, x, **{k: v for k, v in switches.items() if k != "head"})[0]
     gradients = [torch.autograd.grad(F.cross_entropy(logits, labels), list(model.parameters()))
@@ -162,7 +182,8 @@ def test_token_head_is_a_linear_layer_on_the_class_token():
     tokens, _ = model.forward_features(x)
     equal(model(x), tokens[:, 0] @ model.classifier.weight.T + model.classifier.bias)
     found = model.localize(x)
-    assert torch.equal(found.classes, found.logits.argmax(1, keepdim=True)) and found.class_maps is None
+    assert torch.equal(found.classes, found.logits.argmax(1, keepdim=True))
+    assert found.class_maps is None
     assert fuse(found, "relation-only").shape == (2, 1, 3, 5)
     with pytest.raises(ValueError, match='"token" head'):
         fuse(found, "relation")
@@ -172,7 +193,8 @@ def test_fuse_is_equation_3_and_its_ablations():
     found = make().localize(images(), torch.tensor([[1, 4, 4], [0, 2, 6]]))
     maps, M_c, M_r = found.class_maps, found.cls_map[:, None], found.relation_map[:, None]
     assert maps.min() < 0 < maps.max()
-    expected = {"relation": maps.clamp_min(0) * M_r, "cls": maps.clamp_min(0) * M_c, "none": maps.clamp_min(0),
+    expected = {"relation": maps.clamp_min(0) * M_r, "cls": maps.clamp_min(0) * M_c,
+                "none": maps.clamp_min(0),
                 "relation-only": M_r.expand(2, 3, 3, 5), "cls-only": M_c.expand(2, 3, 3, 5)}
     assert set(expected) == set(lctr.COUPLINGS)
     for coupling, value in expected.items():
@@ -187,21 +209,24 @@ def test_reversal_erases_what_is_attended():
     reverse = make(erase="minmax").cdm.reverse
     for before, after in zip(cls_map, reverse(cls_map)):  # each image by its own range
         assert after.flatten()[before.argmax()] == 0 and after.flatten()[before.argmin()] == 1
-    equal(reverse(torch.full_like(cls_map, 0.2)), torch.ones_like(cls_map))  # a constant map erases nothing
+    # a constant map erases nothing
+    equal(reverse(torch.full_like(cls_map, 0.2)), torch.ones_like(cls_map))
 
 
 def test_initialisation_takes_each_kernels_own_fan_in():
     model = LCTR(50, embed_dim=24, depth=1, num_heads=2, img_size=32)
     bound = 1 / math.sqrt(24 * 9)  # kaiming uniform, a = sqrt 5: sqrt(6 / (1 + 5) / fan_in)
     assert 0.99 * bound < model.cdm.weight.abs().max() <= bound
-    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias") and name.startswith("cdm"))
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias")
+                   and name.startswith("cdm"))
 
 
 @settings(max_examples=15, deadline=None)
 @given(h=st.integers(1, 5), w=st.integers(1, 5), heads=st.integers(1, 3), G=st.integers(1, 3),
        head=st.sampled_from(["cdm", "conv"]))
 def test_any_grid_width_and_head_count(h, w, heads, G, head):
-    model = make(3, img_size=(4 * h, 4 * w), embed_dim=4 * heads, num_heads=heads, num_kernels=G, head=head)
+    model = make(3, img_size=(4 * h, 4 * w), embed_dim=4 * heads, num_heads=heads, num_kernels=G,
+                 head=head)
     x = images(2, (4 * h, 4 * w))
     found = model.localize(x, "all")
     equal(found.class_maps.mean((2, 3)), found.logits), equal(model(x), found.logits)
@@ -221,7 +246,8 @@ def test_switches_out_of_range_are_named(change, words):
 
 def test_wrong_input_is_named():
     model = make()
-    with pytest.raises(ValueError, match=r"images: got shape \(2, 3, 12, 12\), need \(B, 3, 12, 20\)"):
+    with pytest.raises(ValueError,
+                       match=r"images: got shape \(2, 3, 12, 12\), need \(B, 3, 12, 20\)"):
         model(images(2, (12, 12)))
     with pytest.raises(ValueError, match="attention: got 'all'"):
         model.forward_features(images(), "all")
@@ -241,22 +267,28 @@ def saved_backbone(tmp_path, change=lambda state: state, wrap=lambda state: stat
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s}])
 def test_load_pretrained_takes_the_backbone_and_reports_the_rest(tmp_path, wrap):
-    path, state = saved_backbone(tmp_path, lambda s: s | {"head.weight": torch.zeros(1000, 12)}, wrap)
+    path, state = saved_backbone(tmp_path, lambda s: s | {"head.weight": torch.zeros(1000, 12)},
+                                 wrap)
     model = LCTR(3, **SIZE)
     before = model.cdm.weight.clone()
     report = load_pretrained(model, path)
-    assert sorted(report.loaded) == sorted(state) and not report.resized and report.ignored == ["head.weight"]
-    assert all(key.startswith("cdm.") for key in report.new) and torch.equal(model.cdm.weight, before)
+    assert sorted(report.loaded) == sorted(state) and not report.resized
+    assert report.ignored == ["head.weight"]
+    assert all(key.startswith("cdm.") for key in report.new)
+    assert torch.equal(model.cdm.weight, before)
     assert all(torch.equal(value.float(), model.state_dict()[key]) for key, value in state.items())
 
 
 def test_load_pretrained_casts_half_precision_up_and_resizes_positions(tmp_path):
-    path, state = saved_backbone(tmp_path, lambda s: {k: v.half() for k, v in s.items()}, img_size=24)  # grid 6 x 6
+    # grid 6 x 6
+    path, state = saved_backbone(tmp_path, lambda s: {k: v.half() for k, v in s.items()},
+                                 img_size=24)
     model = LCTR(3, **SIZE)
     report = load_pretrained(model, path)
     assert report.resized == ["pos_embed"] and model.pos_embed.dtype == torch.float32
     grid = state["pos_embed"].half().float()[:, 1:].reshape(1, 6, 6, 12).permute(0, 3, 1, 2)
-    expected = F.interpolate(grid, (3, 5), mode="bicubic", align_corners=False).permute(0, 2, 3, 1).reshape(1, 15, 12)
+    expected = F.interpolate(grid, (3, 5), mode="bicubic", align_corners=False)
+    expected = expected.permute(0, 2, 3, 1).reshape(1, 15, 12)
     equal(model.pos_embed[:, 1:].detach(), expected)
     equal(model.pos_embed[:, :1].detach(), state["pos_embed"].half().float()[:, :1])
 
@@ -282,7 +314,8 @@ def test_a_missing_linear_bias_is_zero(tmp_path):
 ])
 def test_a_backbone_that_computes_something_else_is_refused(tmp_path, name, shape):
     path, _ = saved_backbone(tmp_path, lambda s: s | {name: torch.ones(shape)})
-    with pytest.raises(ValueError, match=f"has {re.escape(name)}, which this model does not") as error:
+    with pytest.raises(ValueError,
+                       match=f"has {re.escape(name)}, which this model does not") as error:
         load_pretrained(LCTR(3, **SIZE), path)
     assert "\n" not in str(error.value)
 
@@ -298,7 +331,8 @@ def test_a_backbone_that_lacks_a_parameter_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [
-    "head.weight", "head_dist.weight", "mask_token", "pre_logits.fc.weight", "decoder_embed.weight"])
+    "head.weight", "head_dist.weight", "mask_token", "pre_logits.fc.weight",
+    "decoder_embed.weight"])
 def test_what_no_backbone_computes_is_ignored(tmp_path, name):
     path, _ = saved_backbone(tmp_path, lambda s: s | {name: torch.ones(2, 12)})
     assert load_pretrained(LCTR(3, **SIZE), path).ignored == [name]
@@ -399,20 +433,30 @@ def test_the_signed_map_of_ts_cam():
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: s | {"norm.weight": torch.zeros(13)}, r"norm.weight: found shape \(13,\), need \(12,\)"),
-    *((lambda s, shape=shape: s | {"pos_embed": torch.zeros(shape)}, f"pos_embed: found shape {re.escape(str(shape))}")
+    (lambda s: s | {"norm.weight": torch.zeros(13)},
+     r"norm.weight: found shape \(13,\), need \(12,\)"),
+    *((lambda s, shape=shape: s | {"pos_embed": torch.zeros(shape)},
+       f"pos_embed: found shape {re.escape(str(shape))}")
       for shape in ((1, 18, 12), (2, 17, 12), (1, 17, 11), (1, 1, 12), (1, 0, 12), (16,), ())),
-    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 48)}, r"weight: found shape \(12, 48\)"),
-    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 1, 4, 4)}, r"weight: found shape \(12, 1, 4, 4\)"),
-    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 3, 0, 0)}, r"weight: found shape \(12, 3, 0, 0\)"),
-    (lambda s: s | {"blocks.0.ls1.gamma": torch.ones(13)}, r"blocks.0.ls1.gamma: found shape \(13,\), need \(12,\)"),
-    (lambda s: {"cls_token": s["cls_token"], "blocks.0.ls2.gamma": torch.ones(12)}, "lacks pos_embed"),
+    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 48)},
+     r"weight: found shape \(12, 48\)"),
+    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 1, 4, 4)},
+     r"weight: found shape \(12, 1, 4, 4\)"),
+    (lambda s: s | {"patch_embed.proj.weight": torch.zeros(12, 3, 0, 0)},
+     r"weight: found shape \(12, 3, 0, 0\)"),
+    (lambda s: s | {"blocks.0.ls1.gamma": torch.ones(13)},
+     r"blocks.0.ls1.gamma: found shape \(13,\), need \(12,\)"),
+    (lambda s: {"cls_token": s["cls_token"], "blocks.0.ls2.gamma": torch.ones(12)},
+     "lacks pos_embed"),
     (lambda s: {"cls_token": s["cls_token"], "dist_token": s["cls_token"]}, "lacks pos_embed"),
-    (lambda s: {"blocks.x.bias": torch.zeros(12), "norm.bias": torch.zeros(13)}, r"norm.bias: found shape \(13,\)"),
-    (lambda s: s | {"norm.bias": torch.full((12,), math.nan)}, "norm.bias: need a tensor of finite numbers"),
+    (lambda s: {"blocks.x.bias": torch.zeros(12), "norm.bias": torch.zeros(13)},
+     r"norm.bias: found shape \(13,\)"),
+    (lambda s: s | {"norm.bias": torch.full((12,), math.nan)},
+     "norm.bias: need a tensor of finite numbers"),
     (lambda s: s | {"norm.bias": "text"}, "norm.bias: need a tensor"),
     (lambda s: {"net." + k: v for k, v in s.items()}, "lacks cls_token, .* has net.cls_token"),
-    (lambda s: {"layer1.0.conv1.weight": torch.zeros(3)}, "lacks cls_token, .* has layer1.0.conv1.weight"),
+    (lambda s: {"layer1.0.conv1.weight": torch.zeros(3)},
+     "lacks cls_token, .* has layer1.0.conv1.weight"),
 ])
 def test_load_pretrained_refuses_what_does_not_fit(tmp_path, change, words):
     path, _ = saved_backbone(tmp_path, change)
@@ -436,7 +480,8 @@ def test_files_that_are_not_weights_end_in_one_line_and_run_nothing(tmp_path):
     bomb.path = tmp_path / "exploded"
     torch.save({"model": bomb}, tmp_path / "bomb.pth")
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
-    for name, content in (("cut.pth", whole[:len(whole) // 2]), ("empty.pth", b""), ("page.pth", b"<html>404</html>")):
+    for name, content in (("cut.pth", whole[:len(whole) // 2]), ("empty.pth", b""),
+                          ("page.pth", b"<html>404</html>")):
         (tmp_path / name).write_bytes(content)
     for name in ("bomb.pth", "list.pth", "cut.pth", "empty.pth", "page.pth", "missing.pth", "."):
         for load in (lambda path: load_pretrained(LCTR(3, **SIZE), path), load_checkpoint):
@@ -446,13 +491,15 @@ def test_files_that_are_not_weights_end_in_one_line_and_run_nothing(tmp_path):
     assert not bomb.path.exists()
 
 
-CONFIG = SIZE | dict(img_size=[12, 20], drop_path=0.1, head="cdm", num_kernels=4, kernel_size=3, scorer="separate",
+CONFIG = SIZE | dict(img_size=[12, 20], drop_path=0.1, head="cdm", num_kernels=4, kernel_size=3,
+                     scorer="separate",
                      erase="raw", pool="gap")
 
 
 def checkpoint(**changes):
     model = make(dtype=torch.float32).state_dict()
-    return {"model": model, "config": CONFIG, "classes": list("abcdefg"), "phase": "main", **changes}
+    return {"model": model, "config": CONFIG, "classes": list("abcdefg"), "phase": "main",
+            **changes}
 
 
 def test_load_checkpoint_rebuilds_the_model(tmp_path):
@@ -464,8 +511,10 @@ def test_load_checkpoint_rebuilds_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"classes": ["one"]}, "do not fit"), ({"config": {}}, "do not fit"), ({"config": None}, "do not fit"),
-    ({"config": CONFIG | {"patch_size": 0}}, "do not fit"), ({"config": CONFIG | {"img_size": []}}, "do not fit"),
+    ({"classes": ["one"]}, "do not fit"), ({"config": {}}, "do not fit"),
+    ({"config": None}, "do not fit"),
+    ({"config": CONFIG | {"patch_size": 0}}, "do not fit"),
+    ({"config": CONFIG | {"img_size": []}}, "do not fit"),
     ({"model": {}}, "do not fit"), ({"model": {"alien": torch.zeros(1)}}, "do not fit"),
     ({"phase": "pretrain"}, "pretraining"),
 ])
@@ -478,12 +527,14 @@ def test_load_checkpoint_refuses_what_does_not_fit(tmp_path, changes, words):
 
 @pytest.mark.parametrize("key", ["model", "classes", "phase"])
 def test_load_checkpoint_names_what_is_missing(tmp_path, key):
-    torch.save({name: value for name, value in checkpoint().items() if name != key}, tmp_path / "best.pt")
+    torch.save({name: value for name, value in checkpoint().items() if name != key},
+               tmp_path / "best.pt")
     with pytest.raises(ValueError, match=f"best.pt: no {key} in it"):
         load_checkpoint(tmp_path / "best.pt")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.floats(0, 1), at=st.floats(0, 1), junk=st.binary(min_size=1, max_size=40),
        kind=st.sampled_from(["cut", "write"]))
 def test_a_damaged_checkpoint_works_or_ends_in_one_line(tmp_path, cut, at, junk, kind):
@@ -502,11 +553,13 @@ def test_a_damaged_checkpoint_works_or_ends_in_one_line(tmp_path, cut, at, junk,
         assert str(tmp_path / "bad.pt") in str(error) and "\n" not in str(error)
 
 
-# ---------------------------------------------------------------- foreign weights, each in its own convention
+# ------------------------------------------------------ foreign weights, each in its own convention
 
 
 class LayerScaleViT(torch.nn.Module):
-    """DINOv2's convention: each residual branch is multiplied by a vector; attention written here, to compare."""
+    """DINOv2's convention: each residual branch is multiplied by a vector; attention written here,
+    to compare.
+    """
 
     def __init__(self, D=12, heads=2, depth=3, patch=4, grid=(3, 5)):
         super().__init__()
@@ -534,7 +587,8 @@ class LayerScaleViT(torch.nn.Module):
             attention.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1))
             out = (attention[-1] @ v).transpose(1, 2).flatten(2)
             x = x + block["ls1"]["gamma"] * block["attn"]["proj"](out)
-            x = x + block["ls2"]["gamma"] * block["mlp"]["fc2"](F.gelu(block["mlp"]["fc1"](block["norm2"](x))))
+            x = x + block["ls2"]["gamma"] * block["mlp"]["fc2"](
+                F.gelu(block["mlp"]["fc1"](block["norm2"](x))))
         return self.norm(x), attention
 
 
@@ -558,27 +612,32 @@ def test_a_distilled_deit_loses_its_extra_token_and_head(tmp_path):
 
     def distil(s):
         pos_embed = torch.cat([s["pos_embed"][:, :1], extra, s["pos_embed"][:, 1:]], 1)
-        return s | {"pos_embed": pos_embed, "dist_token": extra, "head_dist.weight": torch.zeros(9, 12)}
+        return s | {"pos_embed": pos_embed, "dist_token": extra,
+                    "head_dist.weight": torch.zeros(9, 12)}
 
     path, state = saved_backbone(tmp_path, distil, lambda s: {"model": s})
     model = LCTR(3, **SIZE)
     report = load_pretrained(model, path)
-    assert report.converted == ["pos_embed"] and report.ignored == ["dist_token", "head_dist.weight"]
+    assert report.converted == ["pos_embed"]
+    assert report.ignored == ["dist_token", "head_dist.weight"]
     equal(model.pos_embed.detach(), state["pos_embed"].float())
 
 
 def test_another_patch_size_is_resized_and_keeps_plain_patches(tmp_path):
-    path, state = saved_backbone(tmp_path, img_size=(24, 40), patch_size=8)  # the same grid of larger patches
+    # the same grid of larger patches
+    path, state = saved_backbone(tmp_path, img_size=(24, 40), patch_size=8)
     model = LCTR(3, **SIZE)
     assert load_pretrained(model, path).resized == ["patch_embed.proj.weight"]
-    expected = F.interpolate(state["patch_embed.proj.weight"].float(), (4, 4), mode="bicubic", align_corners=False) * 4
+    expected = F.interpolate(state["patch_embed.proj.weight"].float(), (4, 4), mode="bicubic",
+                             align_corners=False) * 4
     equal(model.patch_embed.proj.weight.detach(), expected)
 
 
 def test_a_grid_that_is_not_square_is_known_from_this_projects_config(tmp_path):
     torch.save(checkpoint(), tmp_path / "best.pt")
     grid = checkpoint()["model"]["pos_embed"][:, 1:].reshape(1, 3, 5, 12).permute(0, 3, 1, 2)
-    for size, (h, w) in (((24, 20), (6, 5)), ((20, 12), (5, 3))):  # the second has as many places, in another order
+    # the second has as many places, in another order
+    for size, (h, w) in (((24, 20), (6, 5)), ((20, 12), (5, 3))):
         model = LCTR(3, **SIZE | {"img_size": size})
         report = load_pretrained(model, tmp_path / "best.pt")
         assert report.resized == ["pos_embed"] and "cdm.weight" in report.ignored
@@ -597,7 +656,8 @@ def test_a_square_number_of_positions_is_a_square_grid(tmp_path):
 
 
 @pytest.mark.parametrize("config", [
-    None, {}, {"img_size": 24}, {"img_size": "12", "patch_size": 4}, {"img_size": [12], "patch_size": 4},
+    None, {}, {"img_size": 24}, {"img_size": "12", "patch_size": 4},
+    {"img_size": [12], "patch_size": 4},
     {"img_size": 24, "patch_size": 0},
 ], ids=str)
 def test_a_config_that_says_no_grid_leaves_a_square_one(tmp_path, config):
@@ -607,7 +667,8 @@ def test_a_config_that_says_no_grid_leaves_a_square_one(tmp_path, config):
 
 @pytest.mark.parametrize("scorer", ["separate", "gap", "gmp"])
 def test_the_authors_checkpoint_is_scored_as_their_code_does(tmp_path, scorer):
-    model = make(img_size=16, embed_dim=64, num_heads=1, pool="padded", scorer=scorer, dtype=torch.float32)
+    model = make(img_size=16, embed_dim=64, num_heads=1, pool="padded", scorer=scorer,
+                 dtype=torch.float32)
     renamed = {"cdm.conv.": "conv3x3.", "cdm.score_avg.": "CDM._routing_fn_two.fc.",
                "cdm.score_max.": "CDM._routing_fn_two.fc2.", "cdm.": "CDM."}
     state = {}
@@ -617,25 +678,29 @@ def test_the_authors_checkpoint_is_scored_as_their_code_does(tmp_path, scorer):
     torch.save({"model": state, "epoch": 7}, tmp_path / "lctr.pth")
     loaded, saved = load_checkpoint(tmp_path / "lctr.pth")
     x = images(2, (16, 16), torch.float32)
-    assert torch.equal(loaded(x), model(x)) and saved["config"]["pool"] == "padded" and saved["phase"] == "external"
+    assert torch.equal(loaded(x), model(x)) and saved["config"]["pool"] == "padded"
+    assert saved["phase"] == "external"
     assert not load_pretrained(VisionTransformer(16, 4, 64, 3, 1), tmp_path / "lctr.pth").new
 
 
 @pytest.mark.parametrize("head", ["conv", "token"])
 def test_ts_cams_and_deits_checkpoints_are_scored(tmp_path, head):
     model = make(img_size=16, embed_dim=128, num_heads=2, head=head, dtype=torch.float32)
-    state = {key.replace("classifier.", "head."): value for key, value in model.state_dict().items()}
+    state = {key.replace("classifier.", "head."): value
+             for key, value in model.state_dict().items()}
     torch.save({"model": state}, tmp_path / "model.pth")
     x = images(2, (16, 16), torch.float32)
     assert torch.equal(load_checkpoint(tmp_path / "model.pth")[0](x), model(x))
 
 
-def safetensors(tensors, names={torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}):
+def safetensors(tensors, names={torch.float32: "F32", torch.float16: "F16",
+                                torch.bfloat16: "BF16"}):
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for key, value in tensors.items():
         raw = value.contiguous().view(torch.uint8).numpy().tobytes()
         offsets = [len(data), len(data) + len(raw)]
-        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": offsets}
+        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape),
+                       "data_offsets": offsets}
         data += raw
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
@@ -656,7 +721,8 @@ def test_a_safetensors_file_cut_short_says_so(tmp_path):
         load_pretrained(LCTR(3, **SIZE), tmp_path / "x.safetensors")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 10**6), byte=st.integers(0, 255), cut=st.booleans())
 def test_a_damaged_safetensors_file_works_or_ends_in_one_line(tmp_path, at, byte, cut):
     whole = bytearray(safetensors({"norm.weight": torch.ones(12), "norm.bias": torch.zeros(12)}))
@@ -672,9 +738,11 @@ def test_a_damaged_safetensors_file_works_or_ends_in_one_line(tmp_path, at, byte
 
 
 @pytest.mark.parametrize("header", [
-    *({"a\nb": {"dtype": dtype, "shape": shape, "data_offsets": offsets}} for dtype, shape, offsets in (
-        ("F32", [3], [0, 8]), ("F32", [2], [0, 800]), ("F32", [1], [-8, -4]), ("F32", [2], [0., 8.]), ("F32", [2], [0]),
-        ("F32", [-2], [8, 0]), ("F32", [-1, -2], [0, 8]), ("F32", [2**62], [0, 8]), ("F32", [2**70, 0], [0, 0]),
+    *({"a\nb": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+      for dtype, shape, offsets in (
+        ("F32", [3], [0, 8]), ("F32", [2], [0, 800]), ("F32", [1], [-8, -4]),
+        ("F32", [2], [0., 8.]), ("F32", [2], [0]), ("F32", [-2], [8, 0]),
+        ("F32", [-1, -2], [0, 8]), ("F32", [2**62], [0, 8]), ("F32", [2**70, 0], [0, 0]),
         ("F32", [2.0], [0, 8]), ("F32", 2, [0, 8]), ("F99", [2], [0, 8]), (["F32"], [2], [0, 8]))),
     {"a": {"dtype": "F32", "shape": [2]}}, {"a": 3}, [],
 ], ids=str)
@@ -692,7 +760,8 @@ def test_deit_by_name_uses_the_hubs_cache_and_fails_in_one_line(tmp_path, monkey
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    with pytest.raises(ValueError, match=r"deit_small: cannot download https://.*cd65a155.pth .*put that") as caught:
+    words = r"deit_small: cannot download https://.*cd65a155.pth .*put that"
+    with pytest.raises(ValueError, match=words) as caught:
         load_pretrained(LCTR(3), "deit_small")
     assert "\n" not in str(caught.value)
 
@@ -709,20 +778,24 @@ def test_trace_prints_every_step_of_one_image(tmp_path, monkeypatch, capsys):
     Image.new("L", (50, 30), 99).save(tmp_path / "grey.png")
     call(monkeypatch, tmp_path / "grey.png")
     lines = capsys.readouterr().out.splitlines()
-    assert [int(line[4]) for line in lines if line.startswith("Eq.")] == [1, 4, 5, 6, 6, 6, 2, 2, 3, 3]
+    equations = [int(line[4]) for line in lines if line.startswith("Eq.")]
+    assert equations == [1, 4, 5, 6, 6, 6, 2, 2, 3, 3]
     assert any("S_g" in line and "(1, 4)" in line for line in lines)
-    grey = [(99 / 255 - mean) / std for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
+    grey = [(99 / 255 - mean) / std
+            for mean, std in ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))]
     assert f"{min(grey):.3g} to {max(grey):.3g}" in lines[0]
 
 
 @pytest.mark.parametrize("head", ["cdm", "conv", "token"])
 def test_traced_steps_are_what_localize_computes(head):
     model, x = make(head=head), images(1)
-    sizes = {"1": 1, "3": 3, "B": 1, "H": 12, "W": 20, "h": 3, "w": 5, "N": 15, "N+1": 16, "D": 12, "S": 2, "C": 7,
+    sizes = {"1": 1, "3": 3, "B": 1, "H": 12, "W": 20, "h": 3, "w": 5, "N": 15, "N+1": 16, "D": 12,
+             "S": 2, "C": 7,
              "k": 3, "G": 4 if head == "cdm" else 1}
     steps = {name.split(":")[0]: value for _, name, _, value in walkthrough.trace(lctr, model, x)}
     for _, name, symbols, value in walkthrough.trace(lctr, model, x):
-        assert value.shape == tuple(sizes[symbol] for symbol in symbols.strip("()").split(", ")), name
+        assert value.shape == tuple(sizes[symbol]
+                                    for symbol in symbols.strip("()").split(", ")), name
     found = model.localize(x)
     equal(steps["logits"], found.logits), equal(steps["p"].sum(), torch.tensor(1.0, dtype=x.dtype))
     equal(steps["M_*^r"], found.relation_map), equal(steps["M~_*^c"], found.cls_map)
@@ -745,7 +818,8 @@ def test_export_writes_what_load_pretrained_takes(tmp_path, monkeypatch, capsys)
     assert (content["num_heads"], content["grid"]) == (2, [3, 5])
     names = {key for key in checkpoint()["model"] if not key.startswith("cdm.")}
     assert set(content["model"]) == names
-    report = load_pretrained(VisionTransformer(**SIZE | {"img_size": (12, 20)}), tmp_path / "vit.pth")
+    report = load_pretrained(VisionTransformer(**SIZE | {"img_size": (12, 20)}),
+                             tmp_path / "vit.pth")
     assert not report.ignored and not report.resized
     with pytest.raises(SystemExit, match="exists already"):
         call(monkeypatch, "--export", tmp_path / "best.pt", tmp_path / "best.pt")

@@ -13,8 +13,8 @@ import evaluate
 from lctr import LCTR, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--limit-test 24 --img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 1 "
-        "--pretrain-epochs 1 --limit-train 17").split()
+TINY = ("--limit-test 24 --img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 "
+        "--epochs 1 --pretrain-epochs 1 --limit-train 17").split()
 spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "study.py")
 study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study)
@@ -24,7 +24,8 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
     command = ["7", *TINY, "--seeds", "1", "--regime", "species", "--out", str(tmp_path)]
     study.main(command)
     first = capsys.readouterr().out
-    written = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix in (".pt", ".npz")}
+    written = lambda: {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+                       if path.suffix in (".pt", ".npz")}
     runs = written()
     assert {path.parent.name for path in runs} == {"pretraining", "kernel-size-1", "default"}
     assert {path.parent.name for path in runs if path.name == "pretrained.pt"} == {"pretraining"}
@@ -33,12 +34,16 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
     assert runs == written()
 
     ((title, results),) = json.loads((tmp_path / "study.json").read_text()).items()
-    assert title == f"Table 7, species, {' '.join(TINY[2:])}"  # other recipes stand beside, not in place of it
+    # other recipes stand beside, not in place of it
+    assert title == f"Table 7, species, {' '.join(TINY[2:])}"
     tables, page = study.markdown(title, results), (tmp_path / "study.md").read_text()
     assert tables in page and tables in first and results["command"] in page
-    assert results["rows"].keys() == {"1 x 1", "3 x 3"} and results["seeds"] == 1 and results["commit"]
-    measured = json.loads((tmp_path / "species" / "seed0" / "default" / "measured.json").read_text())
-    assert results["rows"]["3 x 3"]["gt_known"]["mean"] == measured["couplings"]["relation"]["gt_known"]
+    assert results["rows"].keys() == {"1 x 1", "3 x 3"} and results["seeds"] == 1
+    assert results["commit"]
+    measured = json.loads(
+        (tmp_path / "species" / "seed0" / "default" / "measured.json").read_text())
+    assert results["rows"]["3 x 3"]["gt_known"]["mean"] == measured["couplings"][
+        "relation"]["gt_known"]
     assert measured["causes"]["accuracy_own_scores"] == pytest.approx(measured["top1_cls"])
     model = load_checkpoint(tmp_path / "species" / "seed0" / "default" / "last.pt")[0]
     val, test = (evaluate.score(model, data.load_dataset("synthetic", None, split, 32, limit=24))
@@ -50,30 +55,37 @@ def test_a_study_is_not_run_twice(tmp_path, capsys):
         assert found["gt_known"] == pytest.approx(expected["gt_known"])
         assert found["top1_loc"] == pytest.approx(expected["top1_loc"])
         hits = np.load(tmp_path / "species" / "seed0" / "default" / "measured.npz")
-        assert [100 * hits[key].mean() for key in (f"{coupling} gt_known", f"{coupling} top1_loc", "top1_cls")] == \
+        assert [100 * hits[key].mean() for key in (f"{coupling} gt_known", f"{coupling} top1_loc",
+                                                   "top1_cls")] == \
             pytest.approx([found["gt_known"], found["top1_loc"], measured["top1_cls"]])
     assert (study.THRESHOLDS[0], study.THRESHOLDS[-1], len(study.THRESHOLDS)) == (0.01, 0.9, 90)
-    pretrained = torch.load(tmp_path / "species" / "seed0" / "pretraining" / "pretrained.pt", weights_only=True)
-    assert len(pretrained["model"]["classifier.bias"]) == 9  # species alone: no output for the palette
+    pretrained = torch.load(tmp_path / "species" / "seed0" / "pretraining" / "pretrained.pt",
+                            weights_only=True)
+    # species alone: no output for the palette
+    assert len(pretrained["model"]["classifier.bias"]) == 9
 
 
 def test_every_run_goes_on_from_its_seeds_pretraining(tmp_path, capsys):
-    study.main(["8", *TINY, "--seeds", "2", "--jobs", "2", "--regime", "species + palette", "--lr", "1e-30",
+    study.main(["8", *TINY, "--seeds", "2", "--jobs", "2", "--regime", "species + palette", "--lr",
+                "1e-30",
                 "--out", str(tmp_path)])
     assert "| LCTR |" in capsys.readouterr().out
     for seed in range(2):
         folder = tmp_path / "species+palette" / f"seed{seed}"
-        pretrained = torch.load(folder / "pretraining" / "pretrained.pt", weights_only=True)["model"]
+        pretrained = torch.load(folder / "pretraining" / "pretrained.pt",
+                                weights_only=True)["model"]
         assert len(pretrained["classifier.bias"]) == 17
         for row in ("default", "head-conv"):
             model = torch.load(folder / row / "last.pt", weights_only=True)["model"]
-            assert torch.equal(model["blocks.1.attn.qkv.weight"], pretrained["blocks.1.attn.qkv.weight"])
+            assert torch.equal(model["blocks.1.attn.qkv.weight"],
+                               pretrained["blocks.1.attn.qkv.weight"])
 
 
 def test_a_failed_run_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         study.main(["8", *TINY, "--seeds", "1", "--lr", "-1", "--out", str(tmp_path)])
-    assert "pretraining" in caught.value.code and "--lr" in caught.value.code and "\n" not in caught.value.code
+    assert "pretraining" in caught.value.code and "--lr" in caught.value.code
+    assert "\n" not in caught.value.code
 
 
 def test_the_interval_is_the_bootstraps():
@@ -98,21 +110,25 @@ class Boxed:
 
     def __init__(self, labels):
         self.labels = labels
-        self.images = torch.randn(len(labels), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        self.images = torch.randn(len(labels), 3, 64, 64,
+                                  generator=torch.Generator().manual_seed(0))
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        return {"image": self.images[index], "label": int(self.labels[index]), "index": index, "path": str(index),
+        return {"image": self.images[index], "label": int(self.labels[index]), "index": index,
+                "path": str(index),
                 "boxes": torch.tensor([[0.0, 0, 32, 64]]), "size": (64, 64), "view": (0, 0, 64, 64)}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kernel_size", (1, 3))
 def test_causes_of_a_known_model(kernel_size):
-    """A head whose maps hold class 0 inside the box and class 1 outside. Where the kernels are 3 x 3, class 0's reads
-    the patch on the left: at the box's edge, a patch outside holds it too and is no background."""
+    """A head whose maps hold class 0 inside the box and class 1 outside. Where the kernels are 3 x
+    3, class 0's reads the patch on the left: at the box's edge, a patch outside holds it too and is
+    no background.
+    """
     torch.manual_seed(0)
     model = LCTR(2, 64, 8, 8, 1, 2, head="conv", kernel_size=kernel_size).eval()
     model.head.weight.zero_()
@@ -126,20 +142,25 @@ def test_causes_of_a_known_model(kernel_size):
 
     def forward_features(images, *arguments):
         tokens, maps = plain(images, *arguments)
-        return torch.cat([torch.zeros(len(images), 1, 8), torch.cat([planted, torch.zeros(64, 6)], 1).expand(
+        return torch.cat([torch.zeros(len(images), 1, 8),
+                          torch.cat([planted, torch.zeros(64, 6)], 1).expand(
             len(images), 64, 8)], 1), maps
 
     model.forward_features = forward_features
     found = study.causes(model, Boxed(np.zeros(64)))
-    assert (found["accuracy_all"], found["accuracy_object"], found["accuracy_background"]) == (100, 100, 0)
-    assert found["inside_class_map"] == pytest.approx({1: 30, 3: (3 * 30 / 4) / ((30 + 3) / 4)}[kernel_size])
+    accuracies = [found[f"accuracy_{part}"] for part in ("all", "object", "background")]
+    assert accuracies == [100, 100, 0]
+    expected = {1: 30, 3: (3 * 30 / 4) / ((30 + 3) / 4)}[kernel_size]
+    assert found["inside_class_map"] == pytest.approx(expected)
     assert 0.5 < found["inside_cls_map"] < 2
 
 
 @torch.no_grad()
 def test_causes_of_the_scores():
-    """Scores that are a code of the class vary between classes alone; scores that are noise hardly do. Kernel g knows
-    class g alone, so that their mean, the same for every image, says one class of four."""
+    """Scores that are a code of the class vary between classes alone; scores that are noise hardly
+    do. Kernel g knows class g alone, so that their mean, the same for every image, says one class
+    of four.
+    """
     torch.manual_seed(0)
     model = LCTR(4, 64, 8, 8, 1, 2).eval()
     labels = np.arange(64) % 4

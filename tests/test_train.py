@@ -1,4 +1,5 @@
-"""train.py as its users run it, on a few tiny birds: in this process, but for torchrun and kill -9."""
+"""train.py as its users run it, on a few tiny birds: in this process, but for torchrun and kill -9.
+"""
 
 import json
 import math
@@ -24,8 +25,8 @@ from lctr import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 ROOT = Path(__file__).parent.parent
-TINY = ("--img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 2 --pretrain-epochs 1 "
-        "--limit-train 33 --limit-test 10 --freeze-blocks 0").split()
+TINY = ("--img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 --epochs 2 "
+        "--pretrain-epochs 1 --limit-train 33 --limit-test 10 --freeze-blocks 0").split()
 
 
 def run(out, *flags):
@@ -53,21 +54,25 @@ def log_lines(out):
 def assert_same_run(a, b):
     for name in ("last.pt", "best.pt"):
         left, right = weights(a, name), weights(b, name)
-        assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[key], right[key]) for key in left)
     assert log_lines(a) == log_lines(b)
     assert (a / "predictions.jsonl").read_text() == (b / "predictions.jsonl").read_text()
 
 
 def spawn(*arguments):
-    """Another python, with as many threads as this one: their number decides how sums are rounded."""
+    """Another python, with as many threads as this one: their number decides how sums are rounded.
+    """
     threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=threads, text=True,
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=threads,
+                            text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def torchrun(*arguments):
     """(exit status, standard error) of train.py in two processes."""
-    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", "--device", "cpu",
+    run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
+                "--device", "cpu",
                 *arguments)
     try:
         return run.wait(120), run.stderr.read()
@@ -85,7 +90,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_what_it_promises(finished):
     assert {path.name for path in finished.iterdir()} >= {
-        "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.jsonl", "gallery.png",
+        "config.json", "log.jsonl", "last.pt", "best.pt", "metrics.json", "predictions.jsonl",
+        "gallery.png",
         "curve.png"}
     for name in ("gallery.png", "curve.png"):
         Image.open(finished / name).verify()
@@ -97,7 +103,8 @@ def test_a_run_leaves_what_it_promises(finished):
     assert not {"optimizer", "scaler", "rng"} & set(best)
 
     checkpoint = torch.load(finished / "last.pt", weights_only=True)
-    assert set(checkpoint) >= {"model", "config", "classes", "phase", "epoch", "step", "optimizer", "rng", "metrics"}
+    assert set(checkpoint) >= {"model", "config", "classes", "phase", "epoch", "step", "optimizer",
+                               "rng", "metrics"}
     assert (checkpoint["phase"], checkpoint["epoch"], checkpoint["step"]) == ("main", 2, 8)
     assert checkpoint["config"] == json.loads((finished / "config.json").read_text())
     model, best = load_checkpoint(finished / "best.pt")
@@ -113,11 +120,15 @@ def test_the_main_phase_starts_from_the_pretrained_backbone(tmp_path):
     out = run(tmp_path / "run", "--max-steps", 1, "--lr", 1e-30, "--pretrain-lr", 1e-30)
     torch.manual_seed(0)
     fresh = train.build(json.loads((out / "config.json").read_text()), 9)
-    moved = [key for key, value in weights(out).items() if (value - fresh.state_dict()[key]).abs().max() > 1e-20]
-    assert not moved  # nothing is learnt at this rate: both phases started from the seed's weights ...
+    moved = [key for key, value in weights(out).items()
+             if (value - fresh.state_dict()[key]).abs().max() > 1e-20]
+    # nothing is learnt at this rate: both phases started from the seed's weights ...
+    assert not moved
     trained = run(tmp_path / "trained", "--max-steps", 1)
-    difference = (weights(trained)["blocks.0.mlp.fc1.weight"] - fresh.blocks[0].mlp.fc1.weight).abs().max()
-    assert difference > 2e-3  # ... and at the usual one, further away than one step of Adam (1e-3) can go
+    difference = (
+        weights(trained)["blocks.0.mlp.fc1.weight"] - fresh.blocks[0].mlp.fc1.weight).abs().max()
+    # ... and at the usual one, further away than one step of Adam (1e-3) can go
+    assert difference > 2e-3
 
 
 def test_data_without_val_uses_the_last_epoch_and_the_fixed_threshold(tmp_path, capsys):
@@ -128,18 +139,21 @@ def test_data_without_val_uses_the_last_epoch_and_the_fixed_threshold(tmp_path, 
             for i in range(n):
                 pixels = np.random.default_rng(i).integers(0, 255, (40, 50, 3), np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    boxes = "".join(f"test/{name}/{i}.png,1,2,30,40\n" for name in ("dots", "lines") for i in range(2))
+    boxes = "".join(f"test/{name}/{i}.png,1,2,30,40\n" for name in ("dots", "lines")
+                    for i in range(2))
     (root / "boxes.csv").write_text("path,xmin,ymin,xmax,ymax\n" + boxes)
-    flags = ["--data", "folder", "--root", root, "--patch-size", 8, "--batch-size", 4, "--pretrain-epochs", 0]
+    flags = ["--data", "folder", "--root", root, "--patch-size", 8, "--batch-size", 4,
+             "--pretrain-epochs", 0]
     out = run(tmp_path / "run", *flags)
     assert json.loads((out / "metrics.json").read_text())["threshold"] == 0.2
-    assert all(torch.equal(a, b) for a, b in zip(weights(out).values(), weights(out, "best.pt").values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(weights(out).values(), weights(out, "best.pt").values()))
     line = fails(capsys, *TINY, "--out", tmp_path / "auto", *flags, "--threshold", "auto", status=2)
     assert not (tmp_path / "auto").exists()
     assert "--threshold" in line and "val" in line
 
 
-# ---------------------------------------------------------------- other data, from pictures to scores
+# -------------------------------------------------------------- other data, from pictures to scores
 
 
 def picture(path, mode="RGB", form="JPEG"):
@@ -149,50 +163,67 @@ def picture(path, mode="RGB", form="JPEG"):
 
 
 def train_and_evaluate(name, root, out, capsys):
-    """A run, its metrics.json and notes, and that evaluate.py finds the same numbers with nothing but its checkpoint."""
-    run(out, "--data", name, "--root", root, "--patch-size", 8, "--batch-size", 4, "--pretrain-epochs", 0)
+    """A run, its metrics.json and notes, and that evaluate.py finds the same numbers with nothing
+    but its checkpoint.
+    """
+    run(out, "--data", name, "--root", root, "--patch-size", 8, "--batch-size", 4,
+        "--pretrain-epochs", 0)
     said, warned = capsys.readouterr()
-    assert evaluate.main(["--checkpoint", str(out / "best.pt"), "--limit-test", "10"]) == 0 and not warned
-    metrics, again = (json.loads((folder / "metrics.json").read_text()) for folder in (out, out / "evaluate"))
+    assert evaluate.main(["--checkpoint", str(out / "best.pt"), "--limit-test", "10"]) == 0
+    assert not warned
+    metrics, again = (json.loads((folder / "metrics.json").read_text())
+                      for folder in (out, out / "evaluate"))
     assert metrics.items() <= again.items()
     lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    return metrics, lines, [line.removeprefix("note: ") for line in said.splitlines() if line.startswith("note: ")]
+    return metrics, lines, [line.removeprefix("note: ") for line in said.splitlines()
+                            if line.startswith("note: ")]
 
 
 def test_ilsvrc_as_the_challenge_lays_it_out(tmp_path, capsys):
-    images, annotations = (tmp_path / "ILSVRC" / part / "CLS-LOC" for part in ("Data", "Annotations"))
+    images, annotations = (tmp_path / "ILSVRC" / part / "CLS-LOC"
+                           for part in ("Data", "Annotations"))
     words = {"n02123045": "tabby, tabby cat", "n01440764": "tench, Tinca tinca",
              "n02105855": "Shetland sheepdog, Shetland"}
     (annotations / "val").mkdir(parents=True)
     number = 0
     for wnid in words:
-        for i, odd in ((10026, {}), (293, {"mode": "L"}), (2933, {"form": "PNG"}), (4152, {"mode": "CMYK"})):
-            picture(images / "train" / wnid / f"{wnid}_{i}.JPEG", **odd)  # the real set has such ones, too
+        for i, odd in ((10026, {}), (293, {"mode": "L"}), (2933, {"form": "PNG"}),
+                       (4152, {"mode": "CMYK"})):
+            # the real set has such ones, too
+            picture(images / "train" / wnid / f"{wnid}_{i}.JPEG", **odd)
         for boxes in ([(0, 0, 20, 30)], [(2, 3, 20, 30), (10, 10, 60, 39)]):
             number += 1
             stem = f"ILSVRC2012_val_{number:08d}"
             picture(images / "val" / f"{stem}.JPEG")
             objects = "".join(
-                f"\t<object>\n\t\t<name>{wnid}</name>\n\t\t<pose>Unspecified</pose>\n\t\t<truncated>0</truncated>\n"
-                f"\t\t<difficult>0</difficult>\n\t\t<bndbox>\n\t\t\t<xmin>{x0}</xmin>\n\t\t\t<ymin>{y0}</ymin>\n"
-                f"\t\t\t<xmax>{x1}</xmax>\n\t\t\t<ymax>{y1}</ymax>\n\t\t</bndbox>\n\t</object>\n" for x0, y0, x1, y1 in boxes)
+                f"\t<object>\n\t\t<name>{wnid}</name>\n\t\t<pose>Unspecified</pose>\n"
+                f"\t\t<truncated>0</truncated>\n\t\t<difficult>0</difficult>\n"
+                f"\t\t<bndbox>\n\t\t\t<xmin>{x0}</xmin>\n\t\t\t<ymin>{y0}</ymin>\n"
+                f"\t\t\t<xmax>{x1}</xmax>\n\t\t\t<ymax>{y1}</ymax>\n\t\t</bndbox>\n\t</object>\n"
+                for x0, y0, x1, y1 in boxes)
             (annotations / "val" / f"{stem}.xml").write_text(
-                f"<annotation>\n\t<folder>val</folder>\n\t<filename>{stem}</filename>\n\t<source>\n\t\t<database>ILSVRC_2012"
-                "</database>\n\t</source>\n\t<size>\n\t\t<width>50</width>\n\t\t<height>40</height>\n\t\t<depth>3</depth>\n"
+                f"<annotation>\n\t<folder>val</folder>\n\t<filename>{stem}</filename>\n"
+                "\t<source>\n\t\t<database>ILSVRC_2012</database>\n\t</source>\n"
+                "\t<size>\n\t\t<width>50</width>\n\t\t<height>40</height>\n\t\t<depth>3</depth>\n"
                 f"\t</size>\n\t<segmented>0</segmented>\n{objects}</annotation>\n")
-    (tmp_path / "LOC_synset_mapping.txt").write_text("".join(f"{wnid} {rest}\n" for wnid, rest in sorted(words.items())))
-    (annotations / "val" / "ILSVRC2012_val_00000001.xml").rename(annotations / "val" / "ILSVRC2012_val_00009999.xml")
+    mapping = "".join(f"{wnid} {rest}\n" for wnid, rest in sorted(words.items()))
+    (tmp_path / "LOC_synset_mapping.txt").write_text(mapping)
+    (annotations / "val" / "ILSVRC2012_val_00000001.xml").rename(
+        annotations / "val" / "ILSVRC2012_val_00009999.xml")
 
     metrics, lines, notes = train_and_evaluate("ilsvrc", tmp_path, tmp_path / "run", capsys)
     assert (metrics["n"], metrics["n_boxes"], metrics["threshold"]) == (5, 5, 0.2)
     assert [len(line["boxes"]) for line in lines] == [2, 1, 2, 1, 2]
     assert lines[0]["boxes"] == [[2, 3, 20, 30], [10, 10, 50, 39]]  # the second is clipped
-    assert [line["label"] for line in lines] == [2, 0, 0, 1, 1]  # the mapping's order: tench, sheepdog, tabby
+    # the mapping's order: tench, sheepdog, tabby
+    assert [line["label"] for line in lines] == [2, 0, 0, 1, 1]
     assert [note.split(" (")[0] for note in notes] == [
-        "1 annotations have no image and are ignored", "1 images have no annotation and are left out",
+        "1 annotations have no image and are ignored",
+        "1 images have no annotation and are left out",
         "3 boxes reach beyond their images and are clipped"]
     checkpoint = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert checkpoint["classes"] == ["tench, Tinca tinca", "Shetland sheepdog, Shetland", "tabby, tabby cat"]
+    assert checkpoint["classes"] == ["tench, Tinca tinca", "Shetland sheepdog, Shetland",
+                                     "tabby, tabby cat"]
 
 
 @pytest.mark.parametrize("boxes", ["all sorts", "none"])
@@ -210,12 +241,14 @@ def test_a_folder_with_odd_names(tmp_path, capsys, boxes):
     (root / "train/great tit/Thumbs.db").write_text("no picture")
     if boxes == "all sorts":
         (root / "boxes.csv").write_text(
-            'Path,xmin,ymin,xmax,ymax\r\n"test/great tit/a, ""b"".jpeg",1,2,30.5,40\r\ntest/Ünïcode/鳥 2.JPG,-5,0,50,20\r\n'
-            "test/Ünïcode/two.webp,1,1,9,9\r\ntest/Ünïcode/two.webp,20,5,50,40\r\nval/Ünïcode/v.png,5,5,40,35\r\n"
+            'Path,xmin,ymin,xmax,ymax\r\n"test/great tit/a, ""b"".jpeg",1,2,30.5,40\r\n'
+            "test/Ünïcode/鳥 2.JPG,-5,0,50,20\r\ntest/Ünïcode/two.webp,1,1,9,9\r\n"
+            "test/Ünïcode/two.webp,20,5,50,40\r\nval/Ünïcode/v.png,5,5,40,35\r\n"
             "test/Ünïcode/gone.jpg,1,2,3,4\r\n", "utf-8")
     metrics, lines, notes = train_and_evaluate("folder", root, tmp_path / "run", capsys)
     assert metrics["n"] == len(lines) == 4 and [line["label"] for line in lines] == [0, 0, 1, 1]
-    assert [line["path"].rpartition("/")[2] for line in lines] == ['a, "b".jpeg', "unboxed.tif", "two.webp", "鳥 2.JPG"]
+    assert [line["path"].rpartition("/")[2] for line in lines] == ['a, "b".jpeg', "unboxed.tif",
+                                                                   "two.webp", "鳥 2.JPG"]
     if boxes == "none":
         assert metrics["n_boxes"] == 0 and metrics["threshold"] == 0.2
         assert metrics["couplings"]["relation"]["gt_known"] is None
@@ -228,8 +261,10 @@ def test_a_folder_with_odd_names(tmp_path, capsys, boxes):
         assert metrics["threshold"] == evaluate.best_threshold(scores, "relation") != 0.2
         assert lines[3]["boxes"] == [[0, 0, 50, 20]] and lines[1]["iou"] is None
         assert [note.split(" (")[0] for note in notes] == [
-            f"1 rows of {root / 'boxes.csv'} name no image", "1 of 2 val images have no box and are not scored",
-            "1 boxes reach beyond their images and are clipped", "1 of 4 test images have no box and are not scored"]
+            f"1 rows of {root / 'boxes.csv'} name no image",
+            "1 of 2 val images have no box and are not scored",
+            "1 boxes reach beyond their images and are clipped",
+            "1 of 4 test images have no box and are not scored"]
 
 
 # ---------------------------------------------------------------- stopping and going on
@@ -243,7 +278,8 @@ class Killed(BaseException):
 def kill_at(monkeypatch):
     def arm(call):
         calls, original = iter(range(10**6)), train.learning_rate
-        monkeypatch.setattr(train, "learning_rate", lambda *a: original(*a) if next(calls) != call else kill())
+        monkeypatch.setattr(train, "learning_rate",
+                            lambda *a: original(*a) if next(calls) != call else kill())
 
     def kill():
         monkeypatch.undo()
@@ -252,9 +288,12 @@ def kill_at(monkeypatch):
     return arm
 
 
-@pytest.mark.parametrize("flags", [["--pretrain-epochs", 0], ["--pretrain-epochs", 0, "--amp", "fp16"]], ids=str)
+@pytest.mark.parametrize("flags", [["--pretrain-epochs", 0],
+                                   ["--pretrain-epochs", 0, "--amp", "fp16"]], ids=str)
 def test_a_killed_run_on_pretrained_weights(tmp_path, finished, kill_at, flags):
-    """The rates of small projections were read off the file, and the loss scale grew: both come from the checkpoint."""
+    """The rates of small projections were read off the file, and the loss scale grew: both come
+    from the checkpoint.
+    """
     flags = [*flags, "--pretrained", finished / "best.pt", "--checkpoint-every", 1]
     whole = run(tmp_path / "whole", *flags)
     kill_at(3)
@@ -279,10 +318,12 @@ def test_kill_9_at_any_moment_of_either_phase(tmp_path):
     flags = [*TINY, "--epochs", "6", "--pretrain-epochs", "6", "--checkpoint-every", "1"]
     killed, rng = tmp_path / "killed", np.random.default_rng()
     for phase in train.PHASES:
-        process, step = spawn("train.py", *flags, "--resume", "--out", killed), int(rng.integers(1, 12))
+        process = spawn("train.py", *flags, "--resume", "--out", killed)
+        step = int(rng.integers(1, 12))
         while process.poll() is None:
             if (killed / "last.pt").exists():
-                saved = torch.load(killed / "last.pt", weights_only=True)  # readable at any moment, too
+                # readable at any moment, too
+                saved = torch.load(killed / "last.pt", weights_only=True)
                 if saved["phase"] == phase and saved["step"] >= step:
                     break
             time.sleep(rng.random() / 50)
@@ -334,7 +375,8 @@ def test_resume_from_a_file_into_another_run_is_refused(tmp_path, finished, kill
     with pytest.raises(Killed):
         run(tmp_path / "other")
     before = {path: path.read_bytes() for path in finished.iterdir()}
-    assert "already holds a run" in fails(capsys, *TINY, "--out", finished, "--resume", tmp_path / "other" / "last.pt")
+    assert "already holds a run" in fails(capsys, *TINY, "--out", finished, "--resume",
+                                          tmp_path / "other" / "last.pt")
     assert before == {path: path.read_bytes() for path in finished.iterdir()}
 
 
@@ -343,7 +385,8 @@ def test_a_log_is_cut_back_to_the_checkpoint_and_mended(tmp_path, finished, kill
     with pytest.raises(Killed):
         run(tmp_path / "run")
     with open(tmp_path / "run" / "log.jsonl", "ab") as file:
-        file.write(b'{"phase": "main", "epoch": 1, "step": 5, "loss": 1.0}\n{"step": 9}\n[]\n\xff\0\n{"phase": "main", "epo')
+        file.write(b'{"phase": "main", "epoch": 1, "step": 5, "loss": 1.0}\n{"step": 9}\n[]\n'
+                   b'\xff\0\n{"phase": "main", "epo')
     assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
 
@@ -355,8 +398,10 @@ def test_resume_of_a_finished_run_changes_nothing(finished, capsys):
 
 
 def test_resume_with_other_flags_lists_the_differences(finished, capsys):
-    line = fails(capsys, *TINY, "--out", finished, "--resume", "--lr", 0.5, "--scorer", "gap", "--workers", 1)
-    assert f"--lr was {train.RECIPES['synthetic']['lr']}, is 0.5" in line and "--scorer was 'separate', is 'gap'" in line
+    line = fails(capsys, *TINY, "--out", finished, "--resume", "--lr", 0.5, "--scorer", "gap",
+                 "--workers", 1)
+    assert f"--lr was {train.RECIPES['synthetic']['lr']}, is 0.5" in line
+    assert "--scorer was 'separate', is 'gap'" in line
     assert "--workers" not in line
 
 
@@ -367,7 +412,8 @@ def test_a_run_is_never_overwritten(finished, capsys):
 
 
 def test_a_full_disk_keeps_the_former_checkpoint(tmp_path, finished, capsys):
-    """Files may grow to what the backbone's checkpoint needs, not the larger one of the main phase."""
+    """Files may grow to what the backbone's checkpoint needs, not the larger one of the main phase.
+    """
     def write_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
@@ -399,7 +445,7 @@ def test_a_failing_write_keeps_the_former_checkpoint(tmp_path, monkeypatch, caps
     assert (saved["phase"], saved["step"]) == ("pretrain", 4)
 
 
-# ---------------------------------------------------------------- the same numbers however they are computed
+# ------------------------------------------------------- the same numbers however they are computed
 
 
 def test_workers_change_nothing(tmp_path, finished):
@@ -407,11 +453,14 @@ def test_workers_change_nothing(tmp_path, finished):
 
 
 def assert_close(run, other):
-    """But for the key third of qkv.bias: softmax is blind to it, so Adam makes steps of its rounding noise."""
+    """But for the key third of qkv.bias: softmax is blind to it, so Adam makes steps of its
+    rounding noise.
+    """
     assert len(log_lines(run)) == len(log_lines(other))
     for line, expected in zip(log_lines(run), log_lines(other)):
         assert line.pop("phase") == expected.pop("phase")
-        assert line == pytest.approx(expected, rel=1e-3)  # Adam is blind to the gradient's scale, grad_norm is not
+        # Adam is blind to the gradient's scale, grad_norm is not
+        assert line == pytest.approx(expected, rel=1e-3)
     a, b = weights(run), weights(other)
     for key, value in a.items():
         if key.endswith("qkv.bias"):
@@ -427,13 +476,16 @@ def test_two_processes_make_the_same_run(tmp_path, finished):
     status, errors = torchrun(*TINY, "--out", tmp_path / "run")
     assert status == 0, errors
     assert_close(tmp_path / "run", finished)
-    one, two = (json.loads((out / "metrics.json").read_text()) for out in (finished, tmp_path / "run"))
+    one, two = (json.loads((out / "metrics.json").read_text())
+                for out in (finished, tmp_path / "run"))
     assert two["n"] == one["n"] == 10
     assert (tmp_path / "run" / "predictions.jsonl").read_text().count("\n") == 10
 
 
 def test_one_process_that_fails_ends_all_and_shows_why(tmp_path):
-    """The picture that cannot be read is met in training, by the one process that has it in its half of the batch."""
+    """The picture that cannot be read is met in training, by the one process that has it in its
+    half of the batch.
+    """
     for split, n in (("train", 8), ("test", 2)):
         for i in range(n):
             name = tmp_path / split / ("dots", "lines")[i % 2] / f"{i}.png"
@@ -441,29 +493,35 @@ def test_one_process_that_fails_ends_all_and_shows_why(tmp_path):
             Image.new("RGB", (32, 32), (i, 0, 0)).save(name)
     culprit = tmp_path / "train" / "lines" / "5.png"
     culprit.write_bytes(culprit.read_bytes()[:60])
-    status, errors = torchrun(*TINY, "--data", "folder", "--root", tmp_path, "--patch-size", 8, "--out", tmp_path / "run")
+    status, errors = torchrun(*TINY, "--data", "folder", "--root", tmp_path, "--patch-size", 8,
+                              "--out", tmp_path / "run")
     ours = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
     assert status == 1 and f"{culprit}: cannot be read as an image" in "".join(ours)
-    assert len(ours) <= 2 and "in train\n" not in errors  # the other process may say that it lost this one
+    # the other process may say that it lost this one
+    assert len(ours) <= 2 and "in train\n" not in errors
 
 
 def test_bfloat16_trains(tmp_path):
-    assert all(torch.isfinite(value).all() for value in weights(run(tmp_path / "run", "--amp", "bf16")).values())
+    assert all(torch.isfinite(value).all()
+               for value in weights(run(tmp_path / "run", "--amp", "bf16")).values())
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_culprits(tmp_path, monkeypatch, capsys):
     original = train.loss_sum
     last = tmp_path / "run" / "last.pt"
-    monkeypatch.setattr(train, "loss_sum", lambda *a: original(*a) * (math.nan if last.exists() else 1))
+    monkeypatch.setattr(train, "loss_sum",
+                        lambda *a: original(*a) * (math.nan if last.exists() else 1))
     line = fails(capsys, *TINY, "--out", tmp_path / "run")
-    assert "main step 1: loss nan" in line and "learning rate" in line and line.count(",") > 8 and "\n" not in line
+    assert "main step 1: loss nan" in line and "learning rate" in line and line.count(",") > 8
+    assert "\n" not in line
     assert torch.load(last, weights_only=True)["phase"] == "pretrain"
 
 
 # ---------------------------------------------------------------- the parts
 
 
-@given(samples=st.integers(1, 50), batch_size=st.integers(1, 60), seed=st.integers(0, 3), epoch=st.integers(0, 3))
+@given(samples=st.integers(1, 50), batch_size=st.integers(1, 60), seed=st.integers(0, 3),
+       epoch=st.integers(0, 3))
 def test_epoch_batches_are_full_disjoint_and_repeatable(samples, batch_size, seed, epoch):
     batch_size = min(batch_size, samples)
     batches = train.epoch_batches(samples, batch_size, seed, epoch)
@@ -475,7 +533,8 @@ def test_epoch_batches_are_full_disjoint_and_repeatable(samples, batch_size, see
 
 
 def test_epochs_and_seeds_shuffle_differently():
-    orders = [train.epoch_batches(1000, 1000, seed, epoch)[0] for seed in (0, 1) for epoch in (0, 1)]
+    orders = [train.epoch_batches(1000, 1000, seed, epoch)[0] for seed in (0, 1)
+              for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 
@@ -485,7 +544,8 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_a_hundredth(total, share, 
     rates = [train.learning_rate(step, total, warmup, peak) for step in range(total)]
     top = rates.index(max(rates))
     assert all(0 < rate <= peak * (1 + 1e-9) for rate in rates)
-    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[:top + 1] == sorted(rates[:top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
     assert top <= math.ceil(warmup) and rates[-1] >= 0.01 * peak * (1 - 1e-9)
     assert train.learning_rate(total, total, warmup, peak) == pytest.approx(0.01 * peak)
 
@@ -589,8 +649,9 @@ def test_an_evaluation_does_not_finish_a_run(tmp_path, finished, kill_at):
 
 def test_defaults_are_the_papers():
     cub = train.parse_flags(["--data", "cub", "--root", "x"])
-    assert (cub.batch_size, cub.lr, cub.epochs, cub.weight_decay, cub.num_kernels) == (128, 5e-5, 80, 5e-4, 4)
-    assert (cub.embed_dim, cub.depth, cub.num_heads, cub.img_size, cub.patch_size) == (384, 12, 6, 224, 16)
+    assert (cub.batch_size, cub.lr, cub.epochs, cub.weight_decay) == (128, 5e-5, 80, 5e-4)
+    assert (cub.embed_dim, cub.depth, cub.num_heads, cub.num_kernels) == (384, 12, 6, 4)
+    assert (cub.img_size, cub.patch_size) == (224, 16)
     ilsvrc = train.parse_flags(["--data", "ilsvrc", "--root", "x", "--arch", "base"])
     assert (ilsvrc.batch_size, ilsvrc.lr, ilsvrc.epochs, ilsvrc.embed_dim) == (256, 5e-4, 14, 768)
     assert train.parse_flags(["--img-size", "32x64"]).img_size == [32, 64]
@@ -600,20 +661,27 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("flags, name", [
-    (["--epochs", "0"], "--epochs"), (["--epochs", "1.5"], "--epochs"), (["--batch-size", "-1"], "--batch-size"),
-    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"), (["--lr", "x"], "--lr"),
+    (["--epochs", "0"], "--epochs"), (["--epochs", "1.5"], "--epochs"),
+    (["--batch-size", "-1"], "--batch-size"),
+    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
+    (["--lr", "x"], "--lr"),
     (["--weight-decay", "-1"], "--weight-decay"), (["--warmup-epochs", "inf"], "--warmup-epochs"),
     (["--label-smoothing", "1"], "--label-smoothing"), (["--drop-path", "1"], "--drop-path"),
     (["--threshold", "1"], "--threshold"), (["--threshold", "best"], "--threshold"),
     (["--threshold", "-0.1"], "--threshold"),
-    (["--img-size", "60"], "--img-size"), (["--img-size", "0"], "--img-size"), (["--img-size", "64x"], "--img-size"),
+    (["--img-size", "60"], "--img-size"), (["--img-size", "0"], "--img-size"),
+    (["--img-size", "64x"], "--img-size"),
     (["--img-size", "64x64x3"], "--img-size"), (["--num-heads", "5"], "--num-heads"),
     (["--patch-size", "0"], "--patch-size"),
-    (["--kernel-size", "5"], "--kernel-size"), (["--head", "gap"], "--head"), (["--scorer", "max"], "--scorer"),
-    (["--amp", "int8"], "--amp"), (["--device", "quantum"], "--device"), (["--workers", "-1"], "--workers"),
-    (["--seed", "-1"], "--seed"), (["--seed", str(2**64)], "--seed"), (["--max-steps", "0"], "--max-steps"),
+    (["--kernel-size", "5"], "--kernel-size"), (["--head", "gap"], "--head"),
+    (["--scorer", "max"], "--scorer"),
+    (["--amp", "int8"], "--amp"), (["--device", "quantum"], "--device"),
+    (["--workers", "-1"], "--workers"),
+    (["--seed", "-1"], "--seed"), (["--seed", str(2**64)], "--seed"),
+    (["--max-steps", "0"], "--max-steps"),
     (["--limit-train", "0"], "--limit-train"),
-    (["--data", "imagenet"], "--data"), (["--data", "cub"], "--root"), (["--root", "birds"], "--root"),
+    (["--data", "imagenet"], "--data"), (["--data", "cub"], "--root"),
+    (["--root", "birds"], "--root"),
     (["--colour"], "--colour"),
     (["--pretrain-epochs", "-1"], "--pretrain-epochs"), (["--accumulate", "0"], "--accumulate"),
     (["--arch", "huge"], "--arch"),
@@ -634,11 +702,13 @@ def test_wrong_flags_end_in_one_line_with_status_2(capsys, monkeypatch, flags, n
 def test_wrong_files_end_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     for flags, words in (
-        (["--data", "cub", "--root", tmp_path / "none", "--out", tmp_path / "a"], str(tmp_path / "none")),
+        (["--data", "cub", "--root", tmp_path / "none", "--out", tmp_path / "a"],
+         str(tmp_path / "none")),
         ([*TINY, "--out", tmp_path / "file"], str(tmp_path / "file")),
         ([*TINY, "--out", tmp_path / "file" / "run"], str(tmp_path / "file")),
         ([*TINY, "--out", tmp_path / "b", "--pretrained", tmp_path / "none.pth"], "none.pth"),
-        ([*TINY, "--out", tmp_path / "b", "--pretrained", tmp_path / "file"], str(tmp_path / "file")),
+        ([*TINY, "--out", tmp_path / "b", "--pretrained", tmp_path / "file"],
+         str(tmp_path / "file")),
         ([*TINY, "--out", tmp_path / "c", "--resume", tmp_path / "none.pt"], "none.pt"),
     ):
         line = fails(capsys, *flags)
