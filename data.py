@@ -40,15 +40,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from support.annotations import (notes_of, of_class, parse_box, place_all, read_boxes, read_synsets,
-                                 read_table)
+from support.annotations import (nfc, notes_of, of_class, parse_box, place_all, read_boxes,
+                                 read_synsets, read_table)
 from support.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
                            draw_birds)
 from support.common import Parser, pair, progress, write_text
 from support.convert import READERS as CONVERTERS
 from support.convert import convert
 from support.figures import class_name, fit_text, is_ours, put, write_png
-from support.folders import (flatten, has_val, is_image, list_classes, list_flat, list_images,
+from support.folders import (flatten, has_val, image_names, list_classes, list_flat, list_images,
                              list_split)
 from support.pictures import (MEAN, STD, DataError, check_images, clip_boxes,  # noqa: F401
                               denormalise, fixed_view, load_image, normalise, open_image,
@@ -257,17 +257,18 @@ def read_ilsvrc(
     # their annotations
     annotations = first(root / "ILSVRC/Annotations/CLS-LOC/val", root / "Annotations/CLS-LOC/val",
                         root / "Annotations/val")
-    files = {file.stem: file for file in sorted((annotations or folder).rglob("*.xml"))}
+    files = {}
+    for file in sorted((annotations or folder).rglob("*.xml")):
+        if (twin := files.setdefault(file.stem, file)) != file and file.stem in stems:
+            raise DataError(f"{file}: is of the same image as {twin}, needs one of them")
     if labels is None and not files:
         raise DataError(f"{annotations or folder}: no XML annotations, needs them for the labels "
                         f"of {folder}")
-    unused = {"annotations have no image and are ignored":
-              [files[stem] for stem in sorted(files.keys() - stems.keys())],
-              "images have no annotation and are left out":
-              [folder / paths[i] for stem, i in stems.items() if stem not in files]}
-    if labels is not None:
-        unused.popitem()
-    notes += notes_of({reason: paths for reason, paths in unused.items() if paths})
+    bare = [folder / paths[i] for stem, i in stems.items() if stem not in files]
+    notes += notes_of({
+        "annotations have no image and are ignored":
+            [files[stem] for stem in sorted(files.keys() - stems.keys())],
+        "images have no annotation and are left out": bare if labels is None else []})
     kept = [i for stem, i in stems.items() if labels is not None or stem in files]
     kept = [kept[i] for i in _spread(len(kept), limit)]
     label_of, kept_labels = {wnid: label for label, wnid in enumerate(wnids)}, array("i")
@@ -296,9 +297,9 @@ def read_folder(
     paths, labels = flatten(images, classes)
     kept = _spread(len(paths), limit)
     paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
-    boxes, more = read_boxes(root, partial(is_image, root))
+    boxes, more = read_boxes(root, image_names(root))
     prefix = "" if folder == root else f"{split}/"
-    boxes = [boxes.get(prefix + path, []) for path in paths]
+    boxes = [boxes.get(nfc(prefix + path), []) for path in paths]
     return Samples(classes, folder, paths, labels, boxes, notes + more)
 
 

@@ -3,13 +3,16 @@ upright picture. Anything wrong is a DataError.
 """
 
 import csv
+import io
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from support.common import printable
 from support.pictures import DataError, Decoded
 
 
@@ -27,7 +30,8 @@ def read_text(path: Path) -> str:
 
 def notes_of(found: dict[str, list]) -> list[str]:
     """A note for each reason: how many, and the first."""
-    return [f"{len(names)} {reason} (the first: {names[0]})" for reason, names in found.items()]
+    return [f"{len(names)} {reason} (the first: {printable(names[0])})"
+            for reason, names in found.items() if names]
 
 
 def parse_box(*numbers) -> tuple[float, ...]:
@@ -71,15 +75,16 @@ def read_synsets(path: Path) -> dict[str, str]:
     return words
 
 
-def read_boxes(root: Path, known: Callable[[str], bool]) -> tuple[dict[str, list], list[str]]:
-    """Of root/boxes.csv: {path below root: its boxes}, and notes. known(path): whether a picture of
-    any split lies there.
+def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], list[str]]:
+    """Of root/boxes.csv: {path below root, normalised: its boxes}, and notes. known: the paths of
+    the images of all splits.
     """
-    file, boxes, notes, astray = root / "boxes.csv", {}, [], []
-    rows = csv.reader(read_text(file).split("\n") if file.exists() else (), strict=True)
+    file, boxes, astray, shares = root / "boxes.csv", {}, [], []
+    text = read_text(file) if os.path.lexists(file) else ""
+    rows = csv.reader(io.StringIO(text), strict=True)
     try:
         for row in rows:
-            name, *numbers = [field.strip() for field in row] or [""]
+            name, *numbers = row = [field.strip() for field in row] or [""]
             header = [number.lower() for number in numbers] == ["xmin", "ymin", "xmax", "ymax"]
             if not any(row) or rows.line_num == 1 and header:
                 continue
@@ -90,20 +95,23 @@ def read_boxes(root: Path, known: Callable[[str], bool]) -> tuple[dict[str, list
                     f"{file}:{rows.line_num}: found {','.join(row)[:80]!r}, needs "
                     "path,xmin,ymin,xmax,ymax with finite xmin < xmax, ymin < ymax") from None
             path = below(root, name)
-            if not known(path):
-                astray.append((rows.line_num, name))
             boxes.setdefault(path, []).append(box)
+            line = f"line {rows.line_num}, {name[:200]!r}"
+            astray += [line] * (path not in known)
+            shares += [line] * (0 <= min(box) and max(box) <= 1)
     except csv.Error as error:
         raise DataError(f"{file}:{rows.line_num}: not a row of a CSV file ({error})") from None
-    if astray:
-        line, name = astray[0]
-        notes.append(f"{len(astray)} rows of {file} name no image (the first: line {line}, "
-                     f"{name[:200]!r})")
-    values = [value for boxes_of_one in boxes.values() for box in boxes_of_one for value in box]
-    if values and all(0 <= value <= 1 for value in values):
+    if shares and len(shares) == sum(map(len, boxes.values())):
         raise DataError(f"{file}: all its values lie within 0 and 1, which looks normalised: needs "
                         "pixels of the upright picture")
-    return boxes, notes
+    return boxes, notes_of({
+        f"rows of {file} name no image": astray,
+        f"rows of {file} lie within 0 and 1, others do not: taken as pixels": shares})
+
+
+def nfc(name: str) -> str:
+    """With accented letters as one character each, which other systems write as two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def below(root: Path, name: str) -> str:
@@ -112,8 +120,9 @@ def below(root: Path, name: str) -> str:
     if os.path.isabs(name) and "\0" not in name:
         for base, path in ((os.path.abspath(root), name), map(os.path.realpath, (root, name))):
             if path.startswith(os.path.join(base, "")):
-                return os.path.relpath(path, base)
-    return name
+                name = os.path.relpath(path, base)
+                break
+    return nfc(name)
 
 
 class Objects(NamedTuple):

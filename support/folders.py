@@ -7,12 +7,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.annotations import notes_of
+from support.annotations import nfc, notes_of
 from support.pictures import DataError
 
 SUFFIXES = set(".apng .avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm "
                ".ppm .qoi .tga .tif .tiff .webp".split())  # what Pillow decodes
-LITTER = {"thumbs.db", ".ds_store", "desktop.ini"}  # of file managers, in any folder of pictures
+# of file managers, in any folder of pictures
+LITTER = {"thumbs.db", ".ds_store", "desktop.ini", "__macosx", "@eadir"}
 SPLITS = ("train", "val", "test")
 DEEPER = "images lie deeper than in a class's folder and are left out"
 STRAY = "images lie outside the class folders and are left out"
@@ -65,19 +66,22 @@ def list_folder(folder: Path, known: Collection[str] = ()) -> Listing:
 
 
 def images_below(folder: Path) -> list[str]:
-    """The paths of all images in a folder, however deep."""
+    """The paths of all images in a folder, however deep, through links but not back up."""
     found = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.join(os.path.realpath(place), "")
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and name.lower() not in LITTER
+            and not real.startswith(os.path.join(os.path.realpath(os.path.join(place, name)), "")))
         found += (os.path.join(place, name) for name in sorted(files)
-                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES)
+                  if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+                  and os.path.isfile(os.path.join(place, name)))
     return found
 
 
 def add_left_out(total: dict[str, list], more: dict[str, list]) -> None:
     for reason, paths in more.items():
-        if paths:
-            total.setdefault(reason, []).extend(paths)
+        total.setdefault(reason, []).extend(paths)
 
 
 def list_classes(folder: Path, known: Collection[str] = ()) -> Listing:
@@ -149,6 +153,12 @@ def splits_of(root: Path) -> list[str]:
     return [split for split in SPLITS if os.path.isdir(root / split)]
 
 
+def no_classes(root: Path) -> set[str]:
+    """What may lie beside plain class folders: boxes.csv, and train.py's runs."""
+    runs = os.path.isdir(root / "runs") and not list_folder(root / "runs").images
+    return {"boxes.csv", "runs"} if runs else {"boxes.csv"}
+
+
 def class_names(root: Path, classes: Sequence[str] | None) -> list[str]:
     """The classes of a folder: those given, else the names of train's folders, or of its own."""
     if classes:
@@ -157,9 +167,10 @@ def class_names(root: Path, classes: Sequence[str] | None) -> list[str]:
     if splits and "train" not in splits:
         raise DataError(f"{root / 'train'}: no such folder, only {', '.join(splits)}: "
                         + layout(root))
-    names = list_classes(root / "train" if splits else root, {"boxes.csv"}).folders
+    folder, known = (root / "train", ()) if splits else (root, no_classes(root))
+    names = list_classes(folder, known).folders
     if not names:
-        raise DataError(f"{root / 'train' if splits else root}: no class folders: {layout(root)}")
+        raise DataError(f"{folder}: no class folders: {layout(root)}")
     return names
 
 
@@ -180,18 +191,18 @@ def list_split(
                         + layout(root))
     images, notes = list_images(root / split, names, split == "train")
     others = [name for name in list_folder(root).folders if name not in SPLITS]
-    beside = {}
-    add_left_out(beside, {BESIDE: [path for name in others for path in images_below(root / name)]})
-    return names, root / split, images, notes + notes_of(beside)
+    beside = [path for name in others for path in images_below(root / name)]
+    return names, root / split, images, notes + notes_of({BESIDE: beside})
 
 
 def list_unsplit(
     root: Path, classes: Sequence[str], complete: bool
 ) -> tuple[list[list[str]], list[str]]:
     """The images of each class of a folder without splits, and notes."""
-    if not any(list_folder(root / name).images for name in list_classes(root).folders):
+    filled = [name for name in list_classes(root).folders if list_folder(root / name).images]
+    if not filled:
         raise DataError(f"{root}: no images in its folders: {layout(root)}")
-    return list_images(root, classes, complete, {"boxes.csv"})
+    return list_images(root, classes, complete, no_classes(root))
 
 
 def has_val(root: Path) -> bool:
@@ -206,12 +217,14 @@ def has_val(root: Path) -> bool:
         return False
 
 
-def is_image(root: Path, path: str) -> bool:
-    """Whether a path below root is an image of one of its splits."""
-    splits, parts = splits_of(root), path.split("/")
-    known = len(parts) == 3 and parts[0] in splits if splits else len(parts) == 2
-    return (known and os.path.splitext(path)[1].lower() in SUFFIXES
-            and not parts[-1].startswith(".") and os.path.isfile(root / path))
+def image_names(root: Path) -> set[str]:
+    """The paths below root, normalised, of the images of all its splits."""
+    splits, names = splits_of(root), set()
+    for path in images_below(root):
+        parts = os.path.relpath(path, root).split(os.sep)
+        if len(parts) == 3 and parts[0] in splits if splits else len(parts) == 2:
+            names.add(nfc("/".join(parts)))
+    return names
 
 
 def place_of(name: str) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from support.common import pair
+from support.common import pair, printable
 
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, for pixels in 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -23,12 +23,14 @@ warnings.filterwarnings("ignore", module="PIL")  # what matters arrives as an ex
 
 
 class DataError(ValueError):
-    """A file of a data set is wrong. The message is one line; out of a DataLoader worker's
-    traceback, its last one.
+    """A file of a data set is wrong. The message is one line, even where a name has line breaks;
+    out of a DataLoader worker's traceback, its last one.
     """
 
     def __init__(self, message: str):
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: "))
+        if message.startswith("Caught DataError in "):
+            message = message.strip().splitlines()[-1].removeprefix(f"{__name__}.DataError: ")
+        super().__init__(printable(message))
 
 
 class Decoded(NamedTuple):

@@ -35,6 +35,16 @@ def boxes_of(dataset):
             for sample in (dataset[i] for i in range(len(dataset)))}
 
 
+def link(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def touch(path, content=b"x"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
 def size_xml(width, height):
     return f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
 
@@ -206,6 +216,14 @@ def test_evaluate_needs_no_train_and_prints_notes(tmp_path, capsys, cats, withou
     assert (status, err) == (0, "") and f"note: {note}" in out
 
 
+def test_two_annotations_of_one_image(tmp_path):
+    write_ilsvrc(tmp_path, tmp_path / "Annotations/val", True)
+    first = tmp_path / "Annotations/val/ILSVRC2012_val_00000001.xml"
+    (tmp_path / "Annotations/val/old").mkdir()
+    shutil.copy(first, first.parent / "old")
+    error_of(lambda: load("ilsvrc", tmp_path), first, first.parent / "old" / first.name)
+
+
 def test_ilsvrc_without_train_mapping_and_classes(tmp_path):
     write_ilsvrc(tmp_path, tmp_path / "Annotations/val", True)
     shutil.rmtree(tmp_path / "train")
@@ -244,23 +262,44 @@ ROWS = {  # rows of boxes.csv, the boxes of test/cat/a.jpg, words of the note on
                         None),
     "normalised, of nothing": (["gone.jpg,0.1,0.2,0.5,1"], "normalised", None),
     "small but in pixels": (["test/cat/a.jpg,0,0,1,1", "test/cat/b.jpg,3,4,5,6"], [[0, 0, 1, 1]],
-                            None),
+                            "1 rows of {root}/boxes.csv lie within 0 and 1"),
+    "blank rows": (["test/cat/a.jpg,1,2,30,40", "   ", ",,,,", ""], [[1, 2, 30, 40]], None),
+    "accents in two characters": (["test/cat/e\u0301.jpg,1,2,30,40"],
+                                  {"\xe9.jpg": [[1, 2, 30, 40]]}, None),
+    "accents in two characters, of another split": (["train/cat/e\u0301.jpg,1,2,30,40"], [], None),
+    "a line break in a name": (['"test/cat/a\nb.jpg",1,2,30,40'], {"a\nb.jpg": [[1, 2, 30, 40]]},
+                               None),
+    "of a linked class": (["test/linked/a.jpg,1,2,30,40", "train/linked/a.jpg,1,2,30,40"],
+                          [[1, 2, 30, 40]], None),
 }
 
 
 @pytest.mark.parametrize("case", ROWS)
 def test_rows_of_boxes_csv(cats, tmp_path, case):
     rows, right, words = ROWS[case]
-    (tmp_path / "link").symlink_to(cats)
-    picture(cats / "test/stray.jpg")
+    link(tmp_path / "link", cats)
+    for name in ("test/stray.jpg", "test/cat/\xe9.jpg", "train/cat/\xe9.jpg", "test/cat/a\nb.jpg"):
+        picture(cats / name, (60, 40))
+    if "linked" in case:
+        picture(tmp_path / "elsewhere/a.jpg", (60, 40))
+        for split in ("train", "test"):
+            link(cats / split / "linked", tmp_path / "elsewhere")
+            (cats / split / "cat/a.jpg").unlink()
     (cats / "boxes.csv").write_text("\n".join(rows).format(root=cats, link=tmp_path / "link"))
     if isinstance(right, str):
         error_of(lambda: load("folder", cats), cats / "boxes.csv", right)
         return
     dataset = load("folder", cats)
-    assert boxes_of(dataset)["a.jpg"] == right
-    notes = [note for note in dataset.notes if "name no image" in note]
-    assert len(notes) == (words is not None) and (words is None or words in notes[0])
+    right = right if isinstance(right, dict) else {"a.jpg": right}
+    assert right.items() <= boxes_of(dataset).items()
+    notes = [note for note in dataset.notes if "rows of" in note]
+    assert len(notes) == (words is not None)
+    assert words is None or words.format(root=cats) in notes[0]
+
+
+def test_a_link_to_boxes_that_leads_nowhere(cats):
+    link(cats / "boxes.csv", "gone.csv")
+    error_of(lambda: load("folder", cats), cats / "boxes.csv", "no such file")
 
 
 def test_an_absolute_root_may_be_named_by_a_relative_one(cats, monkeypatch):
@@ -297,16 +336,6 @@ def test_boxes_of_the_stored_picture_are_noted(cats, tmp_path, kind, box, noted)
 # ---------------------------------------------------------------- what is left out
 
 
-def link(path, target):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(target)
-
-
-def touch(path, content=b"x"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-
 LEFT_OUT = {  # files of test/, the reason, how many, the first
     "deeper": (["cat/more/1.jpg", "cat/more/deep/2.PNG", "dog/x/3.jpg", "dog/x/notes.txt"],
                folders.DEEPER, 3, "cat/more/1.jpg"),
@@ -321,8 +350,10 @@ LEFT_OUT = {  # files of test/, the reason, how many, the first
     "of no picture outside the classes": (["labels.json"], folders.UNREADABLE, 1, "labels.json"),
     "folders beside the splits": (["../validation/cat/1.jpg", "../old/2.jpg", "../old/3.txt"],
                                   folders.BESIDE, 2, "../old/2.jpg"),
-    "litter of file managers": (["cat/Thumbs.db", "cat/.DS_Store", "dog/desktop.ini"], None, 0,
-                                None),
+    "litter of file managers": (["cat/Thumbs.db", "cat/.DS_Store", "dog/desktop.ini",
+                                 "__MACOSX/cat/._a.jpg", "dog/@eaDir/c.jpg/SYNOPHOTO_THUMB_M.jpg"],
+                                None, 0, None),
+    "a line break in a name": (["cat/a\nb.heic"], folders.UNREADABLE, 1, "cat/a\\nb.heic"),
     "an empty deeper folder": (["cat/more/.gitkeep"], None, 0, None),
 }
 
@@ -357,6 +388,15 @@ def test_links_that_lead_nowhere_are_noted(cats, split):
     assert len(dataset) == 4
     note = f"4 {folders.DANGLING} (the first: {cats / split / 'stray.jpg'})"
     assert dataset.notes[0] == note
+
+
+def test_deeper_pictures_are_found_through_links_but_not_without_end(cats, tmp_path):
+    picture(tmp_path / "more/1.jpg")
+    link(cats / "test/cat/more", tmp_path / "more")
+    link(cats / "test/cat/up", "..")
+    link(tmp_path / "more/again", "../pets/test/cat/more")
+    note = load("folder", cats).notes[0]
+    assert note.endswith(f"{folders.DEEPER} (the first: {cats / 'test/cat/more/1.jpg'})")
 
 
 def test_each_reason_has_its_own_note(cats):
@@ -556,8 +596,14 @@ def test_plain_class_folders_with_boxes_and_a_checkpoints_classes(plain):
     known = load("folder", root, classes=["class 0", "class 1", "class 2"])
     assert names_of(known) == names_of(dataset) and list(known.labels) == list(dataset.labels)
     error_of(lambda: load("folder", root, classes=["class 0"]), root / "class 1")
+    picture(root / "runs/folder-cdm-seed0/gallery.png")  # of train.py, started in this folder
+    assert names_of(load("folder", root)) == names_of(dataset)
+    assert names_of(load("folder", root, classes=["class 0", "class 1"])) == names_of(dataset)
     (root / "empty").mkdir()
     error_of(lambda: load("folder", root), root / "empty", "no images")
+    (root / "empty").rmdir()
+    picture(root / "runs/1.jpg")
+    assert load("folder", root).classes == ["class 0", "class 1", "runs"]
 
 
 # ---------------------------------------------------------------- scored pictures are decoded first

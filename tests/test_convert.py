@@ -100,6 +100,9 @@ CASES = {  # form, files, rows of boxes.csv, words that are printed besides the 
     "coco: pictures of another folder": ("coco", {"a.json": coco(
         ["zoo/a.jpg", "cat/a.jpg"], [(0, 1, 1, 2, 2), (1, 5, 5, 2, 2)])},
         [(A, 5, 5, 7, 7)], ["1 annotations are of no image", "'zoo/a.jpg'"]),
+    "coco: pictures of another folder, later": ("coco", {"a.json": coco(
+        ["cat/a.jpg", "zoo/a.jpg"], [(0, 5, 5, 2, 2), (1, 1, 1, 2, 2)])},
+        [(A, 5, 5, 7, 7)], ["1 annotations are of no image", "'zoo/a.jpg'"]),
     "coco: ids of text": ("coco", {"a.json": coco(["a.jpg"], [(0, 1, 1, 2, 2)]).replace(
         "100", '"one"')}, [(A, 1, 1, 3, 3)], []),
 
