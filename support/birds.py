@@ -199,8 +199,8 @@ def _bird(u, label, palette):
     wing = _turned(WING, u(-0.2, 0), u(-0.15, 0), u(0.5, 0.62), deep * u(0.5, 0.65), u(-0.25, 0.3))
     add(_hsv(h + 0.02, s, v * u(0.6, 0.75)), wing)
     add(_hsv(h + 0.02, s, v * 0.45), wing[11:18])
-    if band := list(WINGS.values())[band]:  # a quarter of the wing, across its middle
-        middle, thick = wing.mean(0), (wing[0] - wing[14]) / 8
+    if band := list(WINGS.values())[band]:  # a third of the wing, across its middle
+        middle, thick = wing.mean(0), (wing[0] - wing[14]) / 6
         top, bottom = (0.8 * (wing[i] - middle) for i in (21, 7))
         add(_hsv(*band), middle + top - thick, middle + top + thick, middle + bottom + thick,
             middle + bottom - thick)
