@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support.annotations import (UNTOLD, misfit, notes_of, parse_box, place_boxes, read_objects,
-                                 read_size, read_text)
+from support.annotations import (UNTOLD, misfit, nfc, notes_of, parse_box, place_boxes,
+                                 read_objects, read_size, read_text)
 from support.folders import SUFFIXES, images_below
 from support.pictures import DataError, Decoded, decode
 
@@ -51,6 +51,8 @@ def convert(form: str, source: Path, root: Path) -> tuple[str, list[str]]:
     rows, boxed = [], 0
     for picture in sorted(found):
         where, _, read = found[picture]
+        if os.fsencode(picture).decode("utf-8", "ignore") != picture:
+            raise DataError(f"{root / picture}: needs a name in UTF-8, as boxes.csv is")
         boxes, reason = read(decode(root / picture, header_only=True), root / picture)
         own = plain(Path(picture).parent.name)
         kept = [box for name, box in boxes if own not in classes or plain(name) == own]
@@ -59,15 +61,19 @@ def convert(form: str, source: Path, root: Path) -> tuple[str, list[str]]:
                            (SEVERAL, several)):
             if count:
                 left_out.setdefault(why, []).extend([where] * count)
-        rows += [(picture, *(f"{value:.10g}" for value in box)) for box in kept]
+        rows += [(picture, *box) for box in kept]
         boxed += bool(kept)
     notes = notes_of(left_out)
     if not rows:
         about = "".join(f"; {note}" for note in notes)
         raise DataError(f"{source}: no box is of an image below {root}{about}")
+    if all(0 <= value <= 1 for _, *box in rows for value in box):
+        raise DataError(f"{source}: all boxes lie within 0 and 1, which looks normalised: needs "
+                        "pixels")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("path", "xmin", "ymin", "xmax", "ymax"), *rows])
+    writer.writerow(["path", "xmin", "ymin", "xmax", "ymax"])
+    writer.writerows([name, *(f"{value:.10g}" for value in box)] for name, *box in rows)
     return text.getvalue(), [*notes, f"{len(rows)} boxes of {boxed} images"]
 
 
@@ -81,7 +87,7 @@ def plain(name: str) -> str:
 
 def stem_of(name: str) -> str:
     """A picture's name without its ending, if it has one."""
-    stem, ending = os.path.splitext(os.path.basename(name))
+    stem, ending = os.path.splitext(os.path.basename(nfc(name)))
     return stem if ending.lower() in SUFFIXES else stem + ending
 
 
@@ -96,6 +102,7 @@ def match(
         by_stem.setdefault(stem_of(path), []).append(path)
 
     def shared(picture: str, name: str) -> tuple[int, bool]:
+        picture, name = nfc(picture), nfc(name)
         folders = set(name.split("/")[:-1]) & set(picture.split("/")[:-1])
         return len(folders), os.path.basename(picture) == os.path.basename(name)
 
@@ -174,8 +181,9 @@ def read_coco(file: Path, left_out: dict[str, list]) -> tuple[list[Annotation], 
             elif width == 0 or height == 0:
                 left_out.setdefault(NO_AREA, []).append(where)
             else:
-                box = parse_box(x, y, x + width, y + height)
-                images[entry["image_id"]][-1].append((names.get(entry.get("category_id"), ""), box))
+                box, category = parse_box(x, y, x + width, y + height), entry.get("category_id")
+                name = names.get(category, "") if isinstance(category, key) else ""
+                images[entry["image_id"]][-1].append((name, box))
         except (ValueError, TypeError, OverflowError):
             raise DataError(f"{where}: bbox is {str(entry['bbox'])[:80]}, needs x, y, width, height"
                             " in pixels") from None
@@ -184,7 +192,8 @@ def read_coco(file: Path, left_out: dict[str, list]) -> tuple[list[Annotation], 
 
 
 def files_below(folder: Path, ending: str) -> list[Path]:
-    files = [file for file in sorted(folder.rglob(f"*{ending}")) if not file.name.startswith(".")]
+    files = [file for file in sorted(folder.rglob(f"*{ending}"))
+             if not file.name.startswith(".") and not file.is_dir()]
     if not files:
         raise DataError(f"{folder}: no {ending} files, needs a folder of them")
     return files
@@ -212,7 +221,7 @@ def read_yolo(folder: Path, _) -> tuple[list[Annotation], Iterable[str]]:
 
 def yolo_boxes(file: Path, classes: list[str], found: Decoded, _) -> tuple[list, str]:
     boxes, (width, height) = [], found.size
-    lines = read_text(file).split("\n") if file.stat().st_size else ()
+    lines = read_text(file).split("\n") if file.read_bytes().strip() else ()
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:

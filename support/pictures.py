@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from support.common import pair, printable
 
@@ -55,7 +55,8 @@ def decode(path, at_least=None, header_only=False) -> Decoded:
     size, which is cheap to decode, but no smaller than that.
     """
     try:
-        with Image.open(path) as image:
+        # a file, not its name: by name Pillow maps grey TIFFs into memory, and turns them wrongly
+        with open(path, "rb") as file, Image.open(file) as image:
             orientation, turned = _orientation(image), image.format == "TIFF"  # by Pillow, on load
             stored, sideways = image.size, orientation > 4
             size = stored[::-1] if sideways else stored
@@ -70,6 +71,9 @@ def decode(path, at_least=None, header_only=False) -> Decoded:
             return Decoded(_rgb(upright), size, stored, orientation)
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
+    except UnidentifiedImageError as error:
+        raise DataError(f"{path}: cannot be read as an image (of no kind that Pillow knows)"
+                        ) from error
     # Pillow's plugins raise nearly anything on a broken file
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -143,6 +143,10 @@ CASES = {  # form, files, rows of boxes.csv, words that are printed besides the 
                               [(A, 0, 0, 30.000012, 40), (A, 42, 10, 60, 30)], []),
     "yolo: nothing on it": ("yolo", {"a.txt": "0 .5 .5 1 1", "b.txt": ""},
                             [(A, 0, 0, 60, 40)], []),
+    "yolo: blank lines alone": ("yolo", {"a.txt": "0 .5 .5 1 1", "b.txt": "\n \n"},
+                                [(A, 0, 0, 60, 40)], []),
+    "yolo: a folder like a file": ("yolo", {"a.txt": "0 .5 .5 1 1", "b.txt/.keep": ""},
+                                   [(A, 0, 0, 60, 40)], []),
     "yolo: other text": ("yolo", {"a.txt": "0 .5 .5 1 1", "readme.txt": "about these labels"},
                          [(A, 0, 0, 60, 40)], ["1 annotations are of no image", "readme.txt"]),
     "yolo: with the picture's ending": ("yolo", {"a.jpg.txt": "0 .5 .5 1 1"},
@@ -213,6 +217,8 @@ FAULTS = {  # form, files, words of the error
                                      ["images[0]", "50 x 50", "60 x 40"]),
     "coco: of no picture": ("coco", {"a.json": coco(["x.jpg"], [(0, 1, 1, 2, 2)])},
                             ["no box is of an image", "'x.jpg'"]),
+    "coco: normalised": ("coco", {"a.json": coco(["a.jpg"], [(0, 0.1, 0.1, 0.5, 0.5)])},
+                         ["a.json: all boxes lie within 0 and 1"]),
     "coco: size of text": ("coco", {"a.json": coco([("a.jpg", "wide", 4)], [(0, 1, 1, 2, 2)])},
                            ["images[0]", "wide"]),
     "voc: no folder": ("voc", {}, ["labels: no .xml files"]),
@@ -265,6 +271,18 @@ def test_annotations_beside_their_pictures_and_odd_names(capsys, pets):
                 pets / "boxes.csv")[0] == 0
     dataset = data.load_dataset("folder", pets, "test", 16)
     assert {sample["path"]: len(sample["boxes"]) for sample in dataset}[str(pets / name)] == 1
+
+
+def test_names_in_other_forms_of_unicode(capsys, pets):
+    picture(pets / "test/cat/\xe9.jpg", (60, 40))
+    assert run(capsys, pets, "coco", {"a.json": coco(["e\u0301.jpg"], [(0, 1, 1, 2, 2)])})[0] == 0
+    assert rows_of(pets) == [("test/cat/\xe9.jpg", 1, 1, 3, 3)]
+
+
+def test_a_name_that_is_no_utf8(capsys, pets):
+    (pets / A).rename(os.fsdecode(os.fsencode(pets / "test/cat") + b"/\xff.jpg"))
+    files = {os.fsdecode(b"\xff.txt"): "0 .5 .5 1 1"}
+    assert "needs a name in UTF-8" in script_error(run(capsys, pets, "yolo", files), data)
 
 
 @pytest.mark.parametrize("flags, words", [

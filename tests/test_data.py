@@ -300,6 +300,26 @@ def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
         assert pictures.decode(tmp_path / "a.jpg", (100, 30))[0].size == (100, 60)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+def test_grey_tiffs_are_turned(tmp_path, orientation, dtype, compression):
+    """Of those without compression Pillow maps some into memory, at the wrong width."""
+    stored = np.zeros((24, 40), dtype)
+    stored[2:10, 4:16] = 65535 if dtype == np.uint16 else 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.tif", exif=exif, compression=compression)
+    turned = Image.fromarray((stored > 0).astype(np.uint8) * 255)
+    if orientation > 1:
+        turned = turned.transpose(pictures.TURNS[orientation])
+    read = data.open_image(tmp_path / "a.tif")
+    assert np.array_equal(np.asarray(read)[..., 0], np.asarray(turned))
+    found = pictures.decode(tmp_path / "a.tif")
+    assert (found.size, found.stored) == (turned.size, (40, 24))
+    assert found.orientation == orientation
+
+
 def exif_bytes(orientation, tag, kind, value, orientation_kind=3):
     """EXIF of an orientation and one other tag, byte by byte, so that it can be wrong."""
     orientation = struct.pack("<HHI", 0x0112, orientation_kind, 1) + struct.pack("<I", orientation)
