@@ -206,6 +206,10 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
                    [[boxes[key]] for key in keys], [])
 
 
+def first(*candidates: Path) -> Path | None:
+    return next((path for path in candidates if path.exists()), None)
+
+
 def read_ilsvrc(
     root: Path, split: str, limit: int | None, classes: Sequence[str] | None = None
 ) -> Samples:
@@ -222,27 +226,20 @@ def read_ilsvrc(
     frame        an XML's boxes are in pixels of a picture of its <size>: see place_boxes
 
     """
-    def first(*candidates):
-        return next((path for path in candidates if path.exists()), None)
-
     images = first(root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC") or root
-    mapping = "LOC_synset_mapping.txt"
-    mapping = first(root / mapping, root.resolve().parent / mapping)
-    words = read_synsets(mapping) if mapping else {}
-    wnids, names = list(words), list(words.values())
-    if classes and list(classes) != names and (not mapping or words.keys() >= set(classes)):
-        wnids = names = list(classes)
-    elif not mapping:
-        wnids = names = list_classes(images / "train").folders
+    folder = images / ("train" if split == "train" else "val")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder: needs {images / 'train'}/<wnid>/*.JPEG and "
+                        "val/*.JPEG beside it")
+    wnids, names = ilsvrc_classes(root, images, classes)
     if split == "train":
-        found, notes = list_images(images / "train", wnids, complete=True)
+        found, notes = list_images(folder, wnids, complete=True)
         paths, labels = flatten(found, wnids)
         kept = _spread(len(paths), limit)
         paths, labels = [paths[i] for i in kept], array("i", (labels[i] for i in kept))
-        return Samples(names, images / "train", paths, labels, [()] * len(kept), notes)
+        return Samples(names, folder, paths, labels, [()] * len(kept), notes)
 
     # the images of val, with labels if they lie in class folders
-    folder = images / "val"
     paths, notes = list_flat(folder, {".xml"})
     labels = None
     if not paths:
@@ -283,6 +280,21 @@ def read_ilsvrc(
         boxes.append(rows)
         sources.append((file, stated))
     return Samples(names, folder, [paths[i] for i in kept], kept_labels, boxes, notes, sources)
+
+
+def ilsvrc_classes(
+    root: Path, images: Path, given: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """The wnids in the order of their labels, and the names of their classes."""
+    mapping = "LOC_synset_mapping.txt"
+    mapping = first(root / mapping, root.resolve().parent / mapping)
+    words = read_synsets(mapping) if mapping else {}
+    wnids, names = list(words), list(words.values())
+    if given and list(given) != names and (not mapping or words.keys() >= set(given)):
+        return list(given), list(given)
+    if not mapping:
+        wnids = names = list_classes(images / "train").folders
+    return wnids, names
 
 
 def read_folder(
@@ -333,7 +345,8 @@ class Pictures(Dataset):
         boxes, notes = place_all(boxes, found, paths, annotations)
         self.notes += notes
         inside, clipped, outside = [], 0, 0
-        for rows, (_, (width, height), *_) in zip(boxes, found):
+        for rows, decoded in zip(boxes, found):
+            width, height = decoded.size
             left = [(x0, y0, x1, y1) for x0, y0, x1, y1 in rows
                     if max(x0, 0) < min(x1, width) and max(y0, 0) < min(y1, height)]
             outside += len(rows) - len(left)
