@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import kernels
 from support import walkthrough, weights
-from support.common import last_line, minmax, one_of, pair
+from support.common import minmax, one_of, pair
 
 ARCHITECTURES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}  # D, L, S
 COUPLINGS = ("none", "cls", "relation", "cls-only", "relation-only")
@@ -125,7 +125,7 @@ class VisionTransformer(nn.Module):
         self.img_size = pair(img_size)
         if any(side % patch_size or side < 1 for side in self.img_size):
             raise ValueError(f"img_size: got {img_size}, need multiples of patch_size {patch_size}")
-        if embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, need a divisor of embed_dim {embed_dim}")
         self.grid = tuple(side // patch_size for side in self.img_size)  # (h, w)
         self.num_heads = num_heads
@@ -230,8 +230,8 @@ class CDM(nn.Module):
         for name, parameter in self.named_parameters():
             if name.startswith("score_") or name == "conv.bias":
                 nn.init.zeros_(parameter)
-        for kernel in self.weight:  # one by one: each convolution's own fan-in is D * k * k
-            nn.init.kaiming_uniform_(kernel, a=math.sqrt(5))
+        rows = self.weight.flatten(0, 1)  # (G*C, D, k, k), whose fan-in is D * k * k
+        nn.init.kaiming_uniform_(rows, a=math.sqrt(5))
 
     def reverse(self, cls_map: Tensor) -> Tensor:
         """M~_*^c (B, h, w) -> 1 - M~_*^c (B, h, w), which erases what is attended to."""
@@ -435,14 +435,8 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
 
     Besides train.py's it takes the state dicts of the authors' LCTR, TS-CAM and DeiT.
     """
-    checkpoint = weights.read_checkpoint(path, MODEL_FLAGS)
-    try:
-        config = {flag: checkpoint["config"][flag] for flag in MODEL_FLAGS}
-        model = LCTR(len(checkpoint["classes"]), **config)
-        model.load_state_dict(checkpoint["model"])
-    except weights.LOAD_ERRORS as error:
-        raise ValueError(f"{path}: its weights do not fit its config: {last_line(error)}") from None
-    return model.eval(), checkpoint
+    checkpoint = weights.read_checkpoint(path)
+    return weights.assemble(LCTR, checkpoint, MODEL_FLAGS, path).eval(), checkpoint
 
 
 if __name__ == "__main__":

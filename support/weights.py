@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from support.common import last_line, pair
 
@@ -109,8 +109,7 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
 
 HEADS = ("cdm.", "head.", "classifier.")
 IGNORED = (*HEADS, "head_dist.", "dist_token", "mask_token", "pre_logits.", "decoder_", "decoder.")
-LINEAR_BIASES = ("patch_embed.proj.bias", ".attn.qkv.bias", ".attn.proj.bias", ".mlp.fc1.bias",
-                 ".mlp.fc2.bias")
+LINEARS = ("patch_embed.proj", ".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
 AUTHORS_NAMES = {  # prefixes in the authors' LCTR -> ours
     "conv3x3.": "cdm.conv.",
     "CDM._routing_fn_two.fc.": "cdm.score_avg.",
@@ -129,9 +128,14 @@ def own_names(content: dict, source: str) -> dict[str, Tensor]:
     if not isinstance(state, dict):
         raise ValueError(f"{source}: found a {type(state).__name__}, need a state dict")
     for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.isfinite().all():
+        found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+        if not isinstance(key, str) or not plain or not value.is_floating_point():
+            raise ValueError(f"{source}: {key}: found {found}, need a tensor of finite numbers")
+        if not value.isfinite().all():
             raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
-        key = key.removeprefix("module.").removeprefix("_orig_mod.")  # DataParallel, torch.compile
+        while key.startswith(("module.", "_orig_mod.")):  # DataParallel, torch.compile
+            key = key.partition(".")[2]
         prefix = next((prefix for prefix in AUTHORS_NAMES if key.startswith(prefix)), "")
         key = AUTHORS_NAMES.get(prefix, "") + key.removeprefix(prefix)
         if key in own:
@@ -150,6 +154,11 @@ def convert(state: dict[str, Tensor], source: str) -> list[str]:
                 q, v = state.pop(key), state.pop(f"{attn}v_bias")
                 state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
                 converted.append(f"{attn}qkv.bias")
+        for key in [key for key in state if key.endswith(tuple(f"{n}.weight" for n in LINEARS))]:
+            bias = key.removesuffix("weight") + "bias"
+            if bias not in state:  # exactly zero
+                state[bias] = torch.zeros(len(state[key]))
+                converted.append(bias)
         for key in list(state):
             suffix = next((suffix for suffix in LAYER_SCALES if key.endswith(suffix)), None)
             linear = suffix and key.removesuffix(suffix) + LAYER_SCALES[suffix]
@@ -251,29 +260,28 @@ def shortly(names: list[str]) -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
-def check_names(needed, found, source: str) -> None:
+def check_names(needed, found) -> None:
     """Raises ValueError where a parameter is missing, or one is left that would change the maps."""
     missing = [key for key in needed if key not in found]
     unknown = [key for key in found if key not in needed]
     if len(missing) == len(needed):
-        raise ValueError(f"{source}: no parameter of a ViT: has {shortly(unknown) or 'nothing'}, "
-                         f"needs {shortly(missing)}")
+        raise ValueError(f"no parameter of a ViT: has {shortly(unknown) or 'nothing'}, needs "
+                         f"{shortly(missing)}")
     parts = [f"lacks {shortly(missing)}"] * bool(missing)
     parts += [f"has {shortly(unknown)}, which this model does not compute"] * bool(unknown)
     if parts:
-        raise ValueError(f"{source}: another network than this model: {'; '.join(parts)}")
+        raise ValueError(f"another network than this model: {'; '.join(parts)}")
 
 
 def untold(num_heads: int, guessed: bool) -> list[str]:
     """The notes on what a state dict cannot tell, and what is therefore assumed."""
     heads = f"{num_heads} attention heads, " * guessed
     return [f"assumed, since the file cannot tell: {heads}exact GELU, norms before each branch, "
-            "their eps 1e-6"]
+            "their eps 1e-6, inputs normalised by ImageNet's mean and standard deviation"]
 
 
 def fit_backbone(
-    content: dict, own: dict[str, Tensor], grid: tuple[int, int], num_heads: int, source: str,
-    inputs: str = "imagenet",
+    content: dict, own: dict[str, Tensor], grid: tuple[int, int], num_heads: int, source: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The entries of a model's state dict `own` that a file's content gives, and the report."""
     state, about = own_names(content, source), said(content)
@@ -288,9 +296,6 @@ def fit_backbone(
     update = {}
     for key in needed:
         before = own[key]
-        if key not in state and key.endswith(LINEAR_BIASES):
-            state[key] = torch.zeros(before.shape)  # none in the file: exactly zero
-            converted.append(key)
         if key not in state:
             continue
         found = value = state[key].float()
@@ -305,7 +310,10 @@ def fit_backbone(
         kind = report.resized if value is not found else report.loaded
         (report.converted if value is found and key in converted else kind).append(key)
         update[key] = value
-    check_names(needed, [key for key in state if key not in ignored], source)
+    try:
+        check_names(needed, [key for key in state if key not in ignored])
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     return update, report
 
 
@@ -323,11 +331,11 @@ def architecture(state: dict[str, Tensor], about: dict) -> dict:
         img_size=[patch_size * side for side in grid])
 
 
-def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
-    """A checkpoint's dict, its config checked against its weights. Raises ValueError naming it.
+def read_checkpoint(path: str) -> dict:
+    """A checkpoint's dict. Raises ValueError naming the file.
 
-    flags: what the config must hold. Of a file without a config, of the authors' LCTR, TS-CAM or
-    DeiT, sizes are read off the shapes, classes are numbered, and phase is "external".
+    Of one without a config, of the authors' LCTR, TS-CAM or DeiT, sizes are read off the shapes,
+    classes are numbered, and phase is "external".
     """
     checkpoint = read_weights(path)
     if "config" not in checkpoint:
@@ -340,11 +348,34 @@ def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
     return checkpoint
 
 
+def assemble(build, checkpoint: dict, flags: tuple[str, ...], path: str) -> nn.Module:
+    """build(num_classes, **config) with the checkpoint's weights, in float32.
+
+    Names and sizes are compared before time or memory is taken. Raises ValueError naming the file.
+    """
+    state, config = checkpoint["model"], checkpoint["config"]
+    try:
+        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
+        if config["depth"] != len(blocks):
+            raise ValueError(f"depth is {config['depth']!r} there, {len(blocks)} blocks here")
+        with torch.device("meta"):
+            model = build(len(checkpoint["classes"]), **{flag: config[flag] for flag in flags})
+        check_names(model.state_dict(), state)
+        model.load_state_dict({key: value.float().clone() for key, value in state.items()},
+                              assign=True)
+    except LOAD_ERRORS as error:
+        reason = f"its weights do not fit its config: {last_line(error)}"
+        raise ValueError(f"{path}: {reason}") from None
+    return model
+
+
 def external(content: dict, path: str) -> dict:
     """read_checkpoint for the files of the authors' LCTR, TS-CAM and DeiT."""
     state, about = own_names(content, path), said(content)
     try:
         convert(state, path)
+        state = {key: value for key, value in state.items()
+                 if not key.startswith(("mask_token", "decoder"))}  # of pretraining alone
         config = architecture(state, about) | {
             "drop_path": 0.0, "num_kernels": 4, "kernel_size": 3, "scorer": "separate",
             "erase": "raw", "pool": "gap"}

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import textwrap
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import data
 import kernels
 import lctr
-from support import walkthrough
+from helpers import ROOT
 from lctr import LCTR, VisionTransformer, fuse, load_checkpoint, load_pretrained
+from support import walkthrough
 
 SIZE = dict(img_size=(12, 20), patch_size=4, embed_dim=12, depth=3, num_heads=2)  # grid 3 x 5
 
@@ -313,11 +316,52 @@ def test_a_missing_linear_bias_is_zero(tmp_path):
     ("blocks.0.attn.gate.weight", (12,)), ("blocks.0.gamma_3", (12,)),
 ])
 def test_a_backbone_that_computes_something_else_is_refused(tmp_path, name, shape):
-    path, _ = saved_backbone(tmp_path, lambda s: s | {name: torch.ones(shape)})
-    with pytest.raises(ValueError,
-                       match=f"has {re.escape(name)}, which this model does not") as error:
-        load_pretrained(LCTR(3, **SIZE), path)
-    assert "\n" not in str(error.value)
+    path, state = saved_backbone(tmp_path, lambda s: s | {name: torch.ones(shape)}, img_size=16)
+    classifier = {"head.weight": torch.ones(5, 12), "head.bias": torch.ones(5)}
+    torch.save(state | classifier | {name: torch.ones(shape)}, tmp_path / "whole.pth")
+    for load in (lambda: load_pretrained(LCTR(3, **SIZE), path),
+                 lambda: load_checkpoint(tmp_path / "whole.pth")):
+        words = f"{re.escape(name)}.*does not compute|lacks blocks.3.norm1.bias"
+        with pytest.raises(ValueError, match=words) as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+def test_a_distilled_deit_is_not_scored_without_its_second_head(tmp_path):
+    state = make(img_size=16, head="token").state_dict()
+    state = {key.replace("classifier.", "head."): value for key, value in state.items()}
+    torch.save({"model": state | {
+        "head_dist.weight": state["head.weight"], "head_dist.bias": state["head.bias"],
+        "dist_token": state["cls_token"], "pos_embed": torch.zeros(1, 18, 12)}},
+        tmp_path / "distilled.pth")
+    with pytest.raises(ValueError, match="has head_dist.weight, .*dist_token.*does not compute"):
+        load_checkpoint(tmp_path / "distilled.pth")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.",
+                                    "module._orig_mod."])
+def test_wrappers_prefixes_are_dropped(tmp_path, prefix):
+    path, state = saved_backbone(tmp_path, lambda s: {prefix + k: v for k, v in s.items()})
+    assert sorted(load_pretrained(LCTR(3, **SIZE), path).loaded) == sorted(state)
+
+
+def test_inputs_from_minus_one_to_one_fold_into_the_patch_projection(tmp_path):
+    """docs/faults.md gives these lines for weights of such networks (augreg)."""
+    page = (ROOT / "docs/faults.md").read_text()
+    blocks = re.findall(r"(?:^ {4}.*\n)+", page, re.MULTILINE)
+    lines = next(block for block in blocks if "2 * std" in block)
+    path, _ = saved_backbone(tmp_path, lambda s: {k: v.float() for k, v in s.items()})
+    foreign = VisionTransformer(**SIZE)
+    load_pretrained(foreign, path)
+    names = {"state": torch.load(path, weights_only=True), "torch": torch}
+    exec(textwrap.dedent(lines), names)
+    torch.save(names["state"], tmp_path / "folded.pth")
+    ours = VisionTransformer(**SIZE)
+    load_pretrained(ours, tmp_path / "folded.pth")
+    pixels = torch.randint(0, 256, (12, 20, 3), dtype=torch.uint8)
+    normalised = data.normalise(pixels.numpy())
+    expected = foreign.embed(pixels.permute(2, 0, 1)[None] / 127.5 - 1)
+    equal(ours.embed(normalised[None]).detach(), expected.detach(), 1e-5)
 
 
 @pytest.mark.parametrize("name", [
@@ -453,10 +497,16 @@ def test_the_signed_map_of_ts_cam():
      r"norm.bias: found shape \(13,\)"),
     (lambda s: s | {"norm.bias": torch.full((12,), math.nan)},
      "norm.bias: need a tensor of finite numbers"),
-    (lambda s: s | {"norm.bias": "text"}, "norm.bias: need a tensor"),
-    (lambda s: {"net." + k: v for k, v in s.items()}, "lacks cls_token, .* has net.cls_token"),
+    (lambda s: s | {"norm.bias": "text"}, "norm.bias: found str, need a tensor"),
+    (lambda s: s | {"norm.bias": torch.zeros(12, dtype=torch.int8)}, "found torch.int8"),
+    (lambda s: s | {"norm.bias": torch.zeros(12, dtype=torch.complex64)}, "found torch.complex64"),
+    (lambda s: s | {"norm.bias": torch.zeros(12).to_sparse()}, "norm.bias: found"),
+    (lambda s: {"teacher": s, "student": s}, "teacher: found dict"),  # DINO's training checkpoint
+    (lambda s: {"net." + k: v for k, v in s.items()}, "no parameter of a ViT: .*net.cls_token"),
+    (lambda s: {"vit.encoder.layer.0.attention.attention.query.weight": torch.zeros(12, 12)},
+     "no parameter of a ViT: has vit.encoder.layer.0"),
     (lambda s: {"layer1.0.conv1.weight": torch.zeros(3)},
-     "lacks cls_token, .* has layer1.0.conv1.weight"),
+     "no parameter of a ViT: has layer1.0.conv1.weight, needs cls_token"),
 ])
 def test_load_pretrained_refuses_what_does_not_fit(tmp_path, change, words):
     path, _ = saved_backbone(tmp_path, change)
@@ -515,6 +565,11 @@ def test_load_checkpoint_rebuilds_the_model(tmp_path):
     ({"config": None}, "do not fit"),
     ({"config": CONFIG | {"patch_size": 0}}, "do not fit"),
     ({"config": CONFIG | {"img_size": []}}, "do not fit"),
+    *(({"config": CONFIG | {name: value}}, "do not fit its config") for name in (
+        "img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_kernels", "kernel_size")
+      for value in (10**9, -1, 0, "12", math.nan, None, [10**9, 10**9])),
+    ({"config": CONFIG | {"head": "conv"}}, "lacks head.weight"),
+    ({"classes": ["many"] * 10**6}, "do not fit"),
     ({"model": {}}, "do not fit"), ({"model": {"alien": torch.zeros(1)}}, "do not fit"),
     ({"phase": "pretrain"}, "pretraining"),
 ])
