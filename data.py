@@ -78,13 +78,13 @@ class Birds(Dataset):
         self.augment, self.seed, self.epoch = augment, seed, 0
         self.indices = _spread(BIRDS[split], limit)
         draw = partial(draw_birds, BIRD_STREAMS[split], img_size, species)
-        drawn = in_processes(draw, self.indices, "drawing birds")
+        drawn = in_processes(draw, self.indices, "drawing birds, 250 each")
         self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
         self.pads = [round(side * 3 / 32) for side in img_size]  # rows, columns
         self.reflected = [np.pad(np.arange(side), pad, mode="reflect")
                           for side, pad in zip(img_size, self.pads)]
 
-    annotated = property(lambda self: len(self))                # all birds have a box
+    annotated = property(lambda self: len(self))  # all birds have a box
 
     def __len__(self):
         return len(self.indices)
@@ -341,7 +341,7 @@ class Pictures(Dataset):
         """
         paths = [self.folder / os.fsdecode(path) for path in self.paths]
         work = partial(check_images, img_size=self.img_size, crop=self.crop)
-        found = list(chain(*in_processes(work, paths, f"checking {self.split} images")))
+        found = list(chain(*in_processes(work, paths, f"checking {self.split} images, 250 each")))
         boxes, notes = place_all(boxes, found, paths, annotations)
         self.notes += notes
         inside, clipped, outside = [], 0, 0

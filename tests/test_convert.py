@@ -5,10 +5,13 @@ import json
 import os
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import data
 from helpers import call, picture, script_error
+from support.convert import convert
 
 SIZE = "<size><width>60</width><height>40</height><depth>3</depth></size>"
 A, B, C = "test/cat/a.jpg", "test/cat/b.png", "test/dog/c.jpg"
@@ -250,6 +253,25 @@ def test_annotations_that_are_wrong(capsys, pets, case):
     line = script_error(run(capsys, pets, form, files), data)
     assert all(word in line for word in words), line
     assert not (pets.parent / "boxes.csv").exists()
+
+
+@settings(max_examples=200, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(form=st.sampled_from(["coco", "voc", "yolo"]), at=st.floats(0, 1), cut=st.integers(0, 12),
+       put=st.binary(max_size=4) | st.sampled_from(
+           [b'"', b"null", b"[", b"{}", b"nan", b"-", b"1e999", b"9" * 400, b"<", b"\\ud800"]))
+def test_damaged_annotations_convert_or_say_so(pets, form, at, cut, put):
+    name, text = {"coco": ("a.json", coco(["a.jpg", "c.jpg"], [(0, 5, 10, 20, 15)])),
+                  "voc": ("a.xml", voc(("cat", 6, 11, 25, 25), ("cat", 1, 1, 60, 40))),
+                  "yolo": ("a.txt", "0 0.25 0.5 0.5 0.25\n0 0.5 0.5 1 1\n")}[form]
+    place, content = pets.parent / form, text.encode()
+    place.mkdir(exist_ok=True)
+    at = int(at * len(content))
+    (place / name).write_bytes(content[:at] + put + content[at + cut:])
+    try:
+        convert(form, place / name if form == "coco" else place, pets)[0].encode()
+    except data.DataError as error:
+        assert str(place) in str(error) and "\n" not in str(error)
 
 
 def test_names_that_do_not_tell_pictures_apart(capsys, pets):
