@@ -22,6 +22,7 @@ Anything wrong in a file raises DataError, one line that names it.
 """
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
 import os
@@ -508,9 +509,12 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--convert: takes --root and --out alone")
     if (form or args.data not in (None, "synthetic")) and not (args.root and args.root.is_dir()):
         parser.error(f"--root: got {args.root}, need the folder of the data")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out: {args.out.parent}: no such folder")
     if os.path.lexists(args.out) and (form or not is_ours(args.out)):
         parser.error(f"--out: {args.out} exists and is not replaced, need another name")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+    with contextlib.suppress(AttributeError):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if form:
             convert_boxes(form, Path(source), args.root, args.out)

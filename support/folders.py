@@ -17,7 +17,7 @@ LITTER = {"thumbs.db", ".ds_store", "desktop.ini", "__macosx", "@eadir"}
 SPLITS = ("train", "val", "test")
 DEEPER = "images lie deeper than in a class's folder and are left out"
 STRAY = "images lie outside the class folders and are left out"
-BESIDE = "images lie in folders beside train/, val/ and test/ and are left out"
+BESIDE = "images lie beside train/, val/ and test/ and are left out"
 HIDDEN = "hidden files or folders are left out"
 UNREADABLE = "files have an ending that Pillow cannot read and are left out"
 NO_ENDING = "files have no ending and are left out"
@@ -190,8 +190,10 @@ def list_split(
         raise DataError(f"{root / split}: no such folder, only {', '.join(splits)}: "
                         + layout(root))
     images, notes = list_images(root / split, names, split == "train")
-    others = [name for name in list_folder(root).folders if name not in SPLITS]
-    beside = [path for name in others for path in images_below(root / name)]
+    there = list_folder(root)
+    beside = [str(root / name) for name in there.images]
+    for name in there.folders:
+        beside += images_below(root / name) if name not in SPLITS else []
     return names, root / split, images, notes + notes_of({BESIDE: beside})
 
 

@@ -350,6 +350,7 @@ LEFT_OUT = {  # files of test/, the reason, how many, the first
     "of no picture outside the classes": (["labels.json"], folders.UNREADABLE, 1, "labels.json"),
     "folders beside the splits": (["../validation/cat/1.jpg", "../old/2.jpg", "../old/3.txt"],
                                   folders.BESIDE, 2, "../old/2.jpg"),
+    "beside the splits": (["../1.jpg", "../old/2.jpg"], folders.BESIDE, 2, "../1.jpg"),
     "litter of file managers": (["cat/Thumbs.db", "cat/.DS_Store", "dog/desktop.ini",
                                  "__MACOSX/cat/._a.jpg", "dog/@eaDir/c.jpg/SYNOPHOTO_THUMB_M.jpg"],
                                 None, 0, None),

@@ -317,6 +317,7 @@ def test_a_name_that_is_no_utf8(capsys, pets):
     (["--convert", "voc", "x", "--root", "{root}", "--out", "{root}"], ["--out", "exists"]),
     (["--convert", "voc", "x", "--root", "{root}", "--out", "{new}", "--data", "cub"],
      ["--convert"]),
+    (["--convert", "voc", "x", "--root", "{root}", "--out", "{new}/a.csv"], ["--out", "new"]),
     (["--data", "folder", "--root", "{root}", "--out", "{there}"], ["--out", "exists"]),
     (["--data", "folder", "--root", "{new}", "--out", "{new}"], ["--root"]),
     (["--data", "folder", "--out", "{new}"], ["--root"]),
