@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 os.environ["TRITON_INTERPRET"] = "1"
+# the scripts take a GPU where there is one: not here, but for test_kernels_gpu.py's own process
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

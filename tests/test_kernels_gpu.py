@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
     """What `python tests/kernel_checks.py` prints, by check."""
-    hidden = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")  # which the other tests set
+    hidden = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")  # by conftest
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment["PYTHONPATH"] = str(ROOT)
     available = "import sys, torch; sys.exit(not torch.cuda.is_available())"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import data
 import evaluate
 import train
 from lctr import load_checkpoint
+from support import common, runs
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 ROOT = Path(__file__).parent.parent
@@ -713,3 +715,143 @@ def test_wrong_files_end_in_one_line(tmp_path, capsys):
     ):
         line = fails(capsys, *flags)
         assert line.startswith("train.py: error: ") and words in line and "\n" not in line
+
+
+# ---------------------------------------------------------------- signals, times, warnings
+
+
+def signals_at(monkeypatch, step, *numbers):
+    """Sends this process these signals, one after another, before that step of the main phase."""
+    original, calls = train.learning_rate, []
+
+    def interrupt(now, total, *rest):
+        calls.append(now)
+        if now == step and total == 8:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(now, total, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", interrupt)
+
+
+@pytest.mark.parametrize("numbers, step", [
+    ((signal.SIGINT, signal.SIGINT), 4),  # at once: the state of the last epoch's end
+    ((signal.SIGTERM, signal.SIGINT), 4),
+    ((signal.SIGINT, signal.SIGTERM), 6),  # torchrun forwards a SIGTERM after a Ctrl-C
+    ((signal.SIGTERM, signal.SIGTERM), 6),
+], ids=str)
+def test_a_second_ctrl_c_ends_at_once(tmp_path, finished, monkeypatch, capsys, numbers, step):
+    signals_at(monkeypatch, 5, *numbers)
+    assert "--resume goes on" in fails(capsys, *TINY, "--out", tmp_path / "run", status=130)
+    assert weights(tmp_path / "run", "last.pt", "step") == step
+    monkeypatch.undo()
+    assert_same_run(run(tmp_path / "run", "--resume"), finished)
+
+
+def test_ctrl_c_ends_an_evaluation_at_once(tmp_path, finished, monkeypatch, capsys):
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(evaluate, "score_batch", interrupt)
+    message = fails(capsys, *TINY, "--out", tmp_path / "run", status=130)
+    assert len(calls) == 1 and "stopping after this step" not in message
+    assert weights(tmp_path / "run", "last.pt", "phase") == "pretrain"
+    monkeypatch.undo()
+    assert_same_run(run(tmp_path / "run", "--resume"), finished)
+
+
+def started(process, out, phase="main"):
+    """Waits until the run has logged a step of that phase."""
+    while process.poll() is None:
+        if phase in {entry["phase"] for entry in train.read_log(out)}:
+            return
+        time.sleep(0.02)
+    pytest.fail(process.stderr.read())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_loading_processes_leave_signals_to_the_run(tmp_path, number):
+    """A terminal's Ctrl-C reaches the whole group."""
+    command = [sys.executable, "train.py", *TINY, "--device", "cpu", "--epochs", 1000,
+               "--eval-every", 10**6, "--workers", 1, "--out", tmp_path / "run"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    started(process, tmp_path / "run")
+    os.killpg(process.pid, number)
+    errors = process.communicate()[1]
+    assert process.returncode == 130 and "--resume goes on" in errors
+    assert "Traceback" not in errors
+    log, step = train.read_log(tmp_path / "run"), weights(tmp_path / "run", "last.pt", "step")
+    assert 4 <= max(entry["step"] for entry in log if entry["phase"] == "main") <= step
+
+
+def test_sigterm_under_torchrun_saves_and_says_how_to_go_on(tmp_path):
+    process = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    "train.py", *TINY, "--device", "cpu", "--epochs", 1000, "--eval-every", 10**6,
+                    "--out", tmp_path / "run")
+    started(process, tmp_path / "run")
+    process.terminate()
+    errors = process.communicate()[1]
+    assert process.returncode and "--resume goes on" in errors
+    log, step = train.read_log(tmp_path / "run"), weights(tmp_path / "run", "last.pt", "step")
+    assert 4 <= max(entry["step"] for entry in log if entry["phase"] == "main") <= step
+
+
+def test_training_runs_without_docstrings_and_asserts(tmp_path):
+    process = spawn("-OO", "train.py", *TINY, "--device", "cpu", "--max-steps", 1,
+                    "--pretrain-epochs", 0, "--out", tmp_path / "run")
+    assert process.wait() == 0, process.stderr.read()
+
+
+def test_times_are_told_for_the_whole_run(tmp_path, monkeypatch, capsys):
+    minutes = iter(range(0, 60000, 60))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: next(minutes)))
+    run(tmp_path / "run")
+    told = [line for line in capsys.readouterr().out.splitlines() if "minutes to go" in line]
+    # a minute a step; 2 of 4 steps to go, then 8, then 10 + 10 images scored at half a step's cost
+    assert [line.split("about ")[1] for line in told] == [
+        f"{steps:.1f} minutes to go, evaluation included" for steps in (2 + 8 + 1.25, 6 + 1.25)]
+
+
+def test_the_time_left_includes_what_follows(monkeypatch, capsys):
+    clock = iter(range(0, 4000, 40))
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    assert list(common.progress(range(4), "work", later=6)) == [0, 1, 2, 3]
+    lines = capsys.readouterr().err.splitlines()
+    assert "1/4" in lines[0] and f"{(4 - 1 + 6) * 40} s left" in lines[0]
+    assert lines[-1].endswith("160 s")
+
+
+def test_stuck_scores_are_said_once(capsys):
+    stuck = 0
+    for mean in [0.5] + [1e-4] * 45 + [0.5] + [0.999] * 19:
+        stuck = runs.count_stuck({"score_mean": mean}, stuck)
+    assert stuck == 19 and capsys.readouterr().out.count("scores are stuck") == 1
+    assert runs.count_stuck({"loss": 1.0}, 19) == 0  # a static head has no scores
+
+
+def test_one_class_alone_is_refused(tmp_path, capsys):
+    for split in ("train", "test"):
+        for i in range(2):
+            picture(tmp_path / "data" / split / "alone" / f"{i}.png")
+    message = fails(capsys, *TINY, "--data", "folder", "--root", tmp_path / "data", "--patch-size",
+                    8, "--pretrain-epochs", 0, "--out", tmp_path / "run")
+    assert "one class alone teaches nothing: need two" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_test_takes_a_gpu(monkeypatch):
+    """What conftest.py hides from this process and from those that it starts."""
+    assert not torch.cuda.is_available() and train.parse_flags([]).device == "cpu"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" == os.environ["HIP_VISIBLE_DEVICES"]
+    empty, gpu = torch.empty, torch.device("cuda", 0)  # without that, on a machine with a GPU:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **kw: types.SimpleNamespace(
+        device=gpu) if str(device).startswith("cuda") else empty(*a, device=device, **kw))
+    flags = train.parse_flags([])
+    assert (flags.device, flags.amp) == ("cuda:0", "bf16")
