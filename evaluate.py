@@ -44,8 +44,8 @@ from lctr import COUPLINGS, LCTR, MODEL_FLAGS, Localization, fuse, load_checkpoi
 from support import weights
 from support.boxes import (baseline_iou, box_iou, enlarge, largest_boxes, score_maps, to_image,
                            to_input)
-from support.common import (FlagError, autocast, last_line, minmax, one_line, pair, printable,
-                            progress, write_atomic, write_json, write_text)
+from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
+                            write_atomic, write_json, write_text)
 from support.failures import FAILURES, HIT, failure_groups, failure_kinds
 from support.figures import (Examples, draw_curve, draw_failures, draw_gallery, evenly, is_ours,
                              write_png)
@@ -506,13 +506,8 @@ def build(num_classes: int, config: dict) -> LCTR:
 
 def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tuple[LCTR, dict]:
     """A backbone alone, for a first look at its attention, and a checkpoint without classes."""
-    try:
-        state = weights.own_names(content, path)
-        weights.convert(state, path)
-        config = weights.architecture(state, weights.said(content))
-    except weights.LOAD_ERRORS as error:
-        raise ValueError(f"{path}: neither a checkpoint nor a ViT's backbone "
-                         f"({last_line(error)})") from None
+    state, _, about = weights.read_state(content, path)
+    config = weights.architecture(state, about, path)
     config |= {"head": "token", "img_size": img_size or config["img_size"]}
     model = build(1, config)  # its head is never looked at
     print(f"{path}: no class was trained: attention alone, {config['depth']} blocks, "

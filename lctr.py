@@ -435,7 +435,7 @@ def load_checkpoint(path: str) -> tuple[LCTR, dict]:
 
     Besides train.py's it takes the state dicts of the authors' LCTR, TS-CAM and DeiT.
     """
-    checkpoint = weights.read_checkpoint(path)
+    checkpoint = weights.read_checkpoint(path, MODEL_FLAGS)
     return weights.assemble(LCTR, checkpoint, MODEL_FLAGS, path).eval(), checkpoint
 
 

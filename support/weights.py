@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.common import last_line, pair
+from support.common import last_line, pair, printable
+from support.pictures import MEAN, STD
 
 # what content of another kind raises
 LOAD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -35,6 +36,7 @@ SAFETENSORS_DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # what training scripts save beside a model, harmless to build: their flags, numpy's scalars, paths
 _scalar = np.float64(0).__reduce__()[0]
 SAFE_GLOBALS = [
@@ -108,7 +110,8 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- names and conventions
 
 HEADS = ("cdm.", "head.", "classifier.")
-IGNORED = (*HEADS, "head_dist.", "dist_token", "mask_token", "pre_logits.", "decoder_", "decoder.")
+NEVER_RUN = ("mask_token", "decoder_", "decoder.")  # parts that serve pretraining alone
+IGNORED = (*HEADS, *NEVER_RUN, "head_dist.", "dist_token", "pre_logits.")  # in a backbone's file
 LINEARS = ("patch_embed.proj", ".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
 AUTHORS_NAMES = {  # prefixes in the authors' LCTR -> ours
     "conv3x3.": "cdm.conv.",
@@ -120,81 +123,118 @@ LAYER_SCALES = {  # x + gamma * (W x + b), under DINOv2's and timm's names, BEiT
     ".ls1.gamma": ".attn.proj", ".gamma_1": ".attn.proj",
     ".ls2.gamma": ".mlp.fc2", ".gamma_2": ".mlp.fc2",
 }
+SAYINGS = {  # what a file may say beside its weights: how many numbers, above what, of which kind
+    "num_heads": (1, 0, int), "grid": (2, 0, int),
+    "mean": (3, -math.inf, float), "std": (3, 0, float),
+}
+
+
+def shown(value: object) -> str:
+    return printable(repr(value))[:60]
+
+
+def fault(value: object) -> str | None:
+    """What is wrong with an entry of a state dict; None for a tensor of finite numbers."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        return str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    with contextlib.suppress(*LOAD_ERRORS):  # sparse and meta tensors
+        if value.float().isfinite().all():
+            return None
+    return "NaN, infinity or no numbers"
 
 
 def own_names(content: dict, source: str) -> dict[str, Tensor]:
-    """The state dict in a file's content, under this project's names; finite tensors alone."""
+    """The state dict in a file's content, in float32 under this project's names.
+
+    Raises ValueError for an entry that is not a tensor of finite numbers. Integers are refused
+    too: they may be quantised weights.
+    """
     state, own = content.get("model", content.get("state_dict", content)), {}
     if not isinstance(state, dict):
         raise ValueError(f"{source}: found a {type(state).__name__}, need a state dict")
     for key, value in state.items():
-        found = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-        plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
-        if not isinstance(key, str) or not plain or not value.is_floating_point():
-            raise ValueError(f"{source}: {key}: found {found}, need a tensor of finite numbers")
-        if not value.isfinite().all():
-            raise ValueError(f"{source}: {key}: need a tensor of finite numbers")
-        while key.startswith(("module.", "_orig_mod.")):  # DataParallel, torch.compile
-            key = key.partition(".")[2]
+        found = fault(value) if isinstance(key, str) else f"a {type(key).__name__} as its name"
+        if found:
+            need = "a tensor of finite floating-point numbers"
+            raise ValueError(f"{source}: {printable(key)[:100]}: found {found}, need {need}")
+        key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)  # DataParallel, torch.compile
         prefix = next((prefix for prefix in AUTHORS_NAMES if key.startswith(prefix)), "")
         key = AUTHORS_NAMES.get(prefix, "") + key.removeprefix(prefix)
         if key in own:
             raise ValueError(f"{source}: {key}: found twice")
-        own[key] = value
+        own[key] = value.float()
     return own
 
 
-def convert(state: dict[str, Tensor], source: str) -> list[str]:
-    """Other conventions to ours, exactly and in place; returns the names of what it changed."""
-    converted = []
-    try:
-        for key in [key for key in state if key.endswith(".attn.q_bias")]:  # k has none
-            attn = key.removesuffix("q_bias")
-            if f"{attn}v_bias" in state and f"{attn}qkv.bias" not in state:
-                q, v = state.pop(key), state.pop(f"{attn}v_bias")
-                state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
-                converted.append(f"{attn}qkv.bias")
-        for key in [key for key in state if key.endswith(tuple(f"{n}.weight" for n in LINEARS))]:
-            bias = key.removesuffix("weight") + "bias"
-            if bias not in state:  # exactly zero
-                state[bias] = torch.zeros(len(state[key]))
-                converted.append(bias)
-        for key in list(state):
-            suffix = next((suffix for suffix in LAYER_SCALES if key.endswith(suffix)), None)
-            linear = suffix and key.removesuffix(suffix) + LAYER_SCALES[suffix]
-            if not linear or f"{linear}.weight" not in state:
-                continue
-            gamma = state.pop(key).float()  # (D)
-            if gamma.shape != state[f"{linear}.weight"].shape[:1]:
-                need = f"({len(state[f'{linear}.weight'])},)"
-                raise ValueError(f"{source}: {key}: found shape {tuple(gamma.shape)}, need {need}")
-            for name, scale in ((f"{linear}.weight", gamma[:, None]), (f"{linear}.bias", gamma)):
-                if name in state:
-                    state[name] = state[name].float() * scale
-                    converted.append(name)
-        if "dist_token" in state and "pos_embed" in state:  # its position follows the class token's
-            cls, _, patches = state["pos_embed"].tensor_split((1, 2), 1)
-            state["pos_embed"] = torch.cat([cls, patches], 1)  # (1, 1 + h'*w', D)
-            converted.append("pos_embed")
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(f"{source}: {key}: does not fit its other parameters ({last_line(error)})"
-                         ) from None
-    return converted
+def said(content: dict, source: str) -> dict:
+    """What a file says of its network besides weights, where it does: see SAYINGS.
 
-
-def said(content: dict) -> dict:
-    """What a file says of its network besides weights: num_heads and grid (h', w'), where known."""
-    found, config = {}, content.get("config")
-    with contextlib.suppress(*LOAD_ERRORS):  # --export's form
-        h, w = content["grid"]
-        found["grid"] = (int(h), int(w))
-    with contextlib.suppress(*LOAD_ERRORS):  # train.py's
-        h, w = (side // config["patch_size"] for side in pair(config["img_size"]))
-        found["grid"] = (h, w)
-    for holder in (content, config):
-        if isinstance(holder, dict) and isinstance(holder.get("num_heads"), int):
-            found["num_heads"] = holder["num_heads"]
+    grid: (h', w') of its positions. mean, std: what its pictures, in 0 to 1, were normalised by.
+    """
+    config, found = content.get("config"), {}
+    says = content if isinstance(content.get("model", content.get("state_dict")), dict) else {}
+    if isinstance(config, dict):  # train.py's
+        says = {**says, **{name: config[name] for name in ("num_heads",) if name in config}}
+        with contextlib.suppress(*LOAD_ERRORS):
+            h, w = (side // config["patch_size"] for side in pair(config["img_size"]))
+            found["grid"] = (h, w)
+    for name, (count, low, kind) in SAYINGS.items():
+        if name in says:
+            values = [says[name]] if count == 1 else says[name]
+            fits = isinstance(values, (list, tuple)) and len(values) == count and all(
+                type(value) in (int, kind) and low < value < math.inf for value in values)
+            if not fits:
+                need = f"{count} {'whole ' * (kind is int)}number{'s' * (count > 1)} above {low}"
+                raise ValueError(f"{source}: {name}: found {shown(says[name])}, need {need}")
+            found[name] = says[name] if count == 1 else tuple(values)
+    if ("mean" in found) != ("std" in found):
+        raise ValueError(f"{source}: found one of mean and std, need both")
     return found
+
+
+def convert(state: dict[str, Tensor], about: dict) -> list[str]:
+    """Other conventions to ours, exactly and in place; returns the names of what it changed.
+
+    What does not have its convention's shapes stays as it is, and then fits no model.
+    """
+    before = dict(state)
+    for attn in [key.removesuffix("q_bias") for key in state if key.endswith(".attn.q_bias")]:
+        q, v = state[f"{attn}q_bias"], state.get(f"{attn}v_bias")
+        if v is not None and q.ndim == v.ndim == 1 and f"{attn}qkv.bias" not in state:
+            del state[f"{attn}q_bias"], state[f"{attn}v_bias"]  # BEiT's: k has none
+            state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    for key in before:
+        name, _, kind = key.rpartition(".")
+        if kind == "weight" and name.endswith(LINEARS) and f"{name}.bias" not in state:
+            state[f"{name}.bias"] = torch.zeros(state[key].shape[:1])  # no bias is a zero one
+    for key in before:
+        suffix = next((suffix for suffix in LAYER_SCALES if key.endswith(suffix)), "")
+        linear = key.removesuffix(suffix) + LAYER_SCALES.get(suffix, "")
+        weight, bias = state.get(f"{linear}.weight"), state.get(f"{linear}.bias")
+        if suffix and weight is not None and bias.shape == state[key].shape == weight.shape[:1]:
+            gamma = state.pop(key)  # (D)
+            state[f"{linear}.weight"] = gamma[:, None] * weight
+            state[f"{linear}.bias"] = gamma * bias
+    positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
+    if "dist_token" in state and positions is not None and positions.ndim == 3:
+        cls, _, rest = positions.tensor_split((1, 2), 1)  # the token's follows the class token's
+        state["pos_embed"] = torch.cat([cls, rest], 1)  # (1, 1 + h'*w', D)
+    if "mean" in about and patches is not None and patches.shape[1:2] == (3,):
+        # W (p - m) / s + b for pixels p = M + S x, where x is this project's input
+        mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
+        state["patch_embed.proj.weight"] = patches * (STD / 255 / std)
+        state["patch_embed.proj.bias"] = (
+            state["patch_embed.proj.bias"] + (patches * ((MEAN / 255 - mean) / std)).sum((1, 2, 3)))
+    return [key for key, value in state.items() if value is not before.get(key)]
+
+
+def read_state(content: dict, source: str) -> tuple[dict[str, Tensor], list[str], dict]:
+    """A file's state dict in this project's conventions, what that changed, what the file says."""
+    state, about = own_names(content, source), said(content, source)
+    return state, convert(state, about), about
+
+
+# ---------------------------------------------------------------- sizes
 
 
 def square(n: int) -> tuple[int, int] | None:
@@ -203,28 +243,33 @@ def square(n: int) -> tuple[int, int] | None:
     return (side, side) if side > 0 and side * side == n else None
 
 
-def find_grid(entries: int, grid: tuple | None, target: tuple) -> tuple[tuple, bool] | None:
+def find_grid(
+    entries: int, grid: tuple | None, target: tuple | None, source: str
+) -> tuple[tuple, bool]:
     """The grid of a pos_embed of so many entries, and whether one more is the class token's.
 
-    grid: what the file says; else a square one; else `target`, the model's. None where nothing
-    fits. DeiT III has no entry for the class token.
+    grid: what the file says; else a square one; else `target`, the model's. DeiT III has no entry
+    for the class token.
     """
-    for with_cls in (True, False):
-        n = entries - with_cls
-        for candidate in (grid,) if grid else (square(n), target if with_cls else None):
-            if candidate and math.prod(candidate) == n and n > (not with_cls):
-                return candidate, with_cls
-    return (target, False) if not grid and entries == math.prod(target) else None
+    choices = [(square(entries - 1), True), (target, True), (square(entries), False),
+               (target, False)]
+    for found, with_cls in [(grid, True), (grid, False)] if grid else choices:
+        if found and math.prod(found) + with_cls == entries > 1:
+            return found, with_cls
+    need = f"{grid[0]} x {grid[1]}" if grid else "a square"
+    raise ValueError(f"{source}: pos_embed: found {entries} positions, need {need}, with or "
+                     "without one for the class token")
 
 
-def resize_pos_embed(pos_embed: Tensor, grid: tuple | None, target: tuple) -> Tensor:
+def resize_pos_embed(
+    pos_embed: Tensor, grid: tuple[int, int], target: tuple[int, int], with_cls: bool = True
+) -> Tensor:
     """(1, 1 + h'*w', D), or without the class token's entry, -> (1, 1 + h*w, D), bicubically."""
-    (h, w), with_cls = find_grid(pos_embed.shape[1], grid, target)
     if not with_cls:
         pos_embed = F.pad(pos_embed, (0, 0, 1, 0))  # the class token's is zero
-    if (h, w) == target:
+    if tuple(grid) == tuple(target):
         return pos_embed
-    patches = pos_embed[:, 1:].mT.unflatten(2, (h, w))  # (1, D, h', w')
+    patches = pos_embed[:, 1:].mT.unflatten(2, grid)  # (1, D, h', w')
     patches = F.interpolate(patches, target, mode="bicubic", align_corners=False)  # (1, D, h, w)
     return torch.cat([pos_embed[:, :1], patches.flatten(2).mT], 1)
 
@@ -235,6 +280,58 @@ def resize_patches(weight: Tensor, size: int) -> Tensor:
         return weight
     scale = (weight.shape[-1] / size) ** 2
     return F.interpolate(weight, (size, size), mode="bicubic", align_corners=False) * scale
+
+
+def sizes(state: dict[str, Tensor], source: str) -> dict:
+    """What the shapes of a ViT's parameters tell of its sizes."""
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    match {key: tuple(value.shape) for key, value in state.items()}:
+        case {"patch_embed.proj.weight": (D, _, _, P), "pos_embed": (_, _, _)} if D and P:
+            return {"patch_size": P, "embed_dim": D, "depth": depth}
+    raise ValueError(f"{source}: no ViT: has {shortly(state)}, needs patch_embed.proj.weight "
+                     "(D, 3, P, P) and pos_embed (1, N+1, D)")
+
+
+def resize(
+    state: dict[str, Tensor], patches: tuple, grid: tuple | None, target: tuple, source: str
+) -> list[str]:
+    """Positions and patches to a model's grid, `target`, and to its patches (D, 3, P, P), in place;
+    returns the names of what it changed. grid: what the file says. Other shapes stay.
+    """
+    before, (D, _, _, P) = dict(state), patches
+    positions, weight = before.get("pos_embed"), before.get("patch_embed.proj.weight")
+    if positions is not None and positions.ndim == 3 and positions.shape[::2] == (1, D):
+        found, with_cls = find_grid(positions.shape[1], grid, target, source)
+        state["pos_embed"] = resize_pos_embed(positions, found, target, with_cls)
+    if weight is not None and weight.numel() and weight.shape == (D, 3, *weight.shape[-1:] * 2):
+        state["patch_embed.proj.weight"] = resize_patches(weight, P)
+    return [key for key, value in state.items() if value is not before[key]]
+
+
+def architecture(state: dict[str, Tensor], about: dict, source: str) -> dict:
+    """The flags of a ViT; 64-wide heads and a square grid where the file does not say."""
+    found = sizes(state, source)
+    entries, D = state["pos_embed"].shape[1], found["embed_dim"]
+    grid, _ = find_grid(entries, about.get("grid"), None, source)
+    S = about.get("num_heads", max(1, D // 64))
+    if D % S:
+        raise ValueError(f"{source}: num_heads: found {S}, need a divisor of the width {D}")
+    return found | {"num_heads": S, "img_size": [found["patch_size"] * side for side in grid]}
+
+
+def head_sizes(state: dict[str, Tensor], source: str) -> tuple[int, dict]:
+    """The number of classes and what the shapes of a head's parameters tell of its flags."""
+    match {key: tuple(value.shape) for key, value in state.items()}:
+        case {"cdm.weight": (G, C, _, k, _)} if C:
+            layers = ["cdm.score_avg.weight" in state, "cdm.score_max.weight" in state]
+            scorer = "separate" if all(layers) else "gap" if layers[0] else "gmp"
+            return C, {"head": "cdm", "num_kernels": G, "kernel_size": k, "scorer": scorer}
+        case {"head.weight": (C, _, k, _)} if C:
+            return C, {"head": "conv", "kernel_size": k}
+        case {"classifier.weight": (C, _)} if C:
+            return C, {"head": "token"}
+    raise ValueError(f"{source}: no head that gives class scores: has {shortly(state)}, needs "
+                     "cdm.weight (G, C, D, k, k), head.weight (C, D, k, k) or (C, D)")
 
 
 # ---------------------------------------------------------------- a backbone
@@ -256,147 +353,129 @@ class LoadReport(NamedTuple):
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-def shortly(names: list[str]) -> str:
-    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
+def shortly(names) -> str:
+    names = [printable(name)[:100] for name in names]
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3) or "nothing"
 
 
-def check_names(needed, found) -> None:
-    """Raises ValueError where a parameter is missing, or one is left that would change the maps."""
-    missing = [key for key in needed if key not in found]
-    unknown = [key for key in found if key not in needed]
-    if len(missing) == len(needed):
-        raise ValueError(f"no parameter of a ViT: has {shortly(unknown) or 'nothing'}, needs "
-                         f"{shortly(missing)}")
+def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], source: str) -> None:
+    """Raises ValueError unless a file's state dict has a model's names and shapes, and no others.
+
+    Any other parameter would change what the network computes.
+    """
+    for key in own:
+        if key in state and state[key].shape != own[key].shape:
+            found, need = tuple(state[key].shape), tuple(own[key].shape)
+            raise ValueError(f"{source}: {key}: found shape {found}, need {need}")
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
     parts = [f"lacks {shortly(missing)}"] * bool(missing)
     parts += [f"has {shortly(unknown)}, which this model does not compute"] * bool(unknown)
     if parts:
-        raise ValueError(f"another network than this model: {'; '.join(parts)}")
-
-
-def untold(num_heads: int, guessed: bool) -> list[str]:
-    """The notes on what a state dict cannot tell, and what is therefore assumed."""
-    heads = f"{num_heads} attention heads, " * guessed
-    return [f"assumed, since the file cannot tell: {heads}exact GELU, norms before each branch, "
-            "their eps 1e-6, inputs normalised by ImageNet's mean and standard deviation"]
+        raise ValueError(f"{source}: another network than this model: {'; '.join(parts)}")
 
 
 def fit_backbone(
-    content: dict, own: dict[str, Tensor], grid: tuple[int, int], num_heads: int, source: str
+    content: dict, own: dict[str, Tensor], grid: tuple[int, int], num_heads: int, source: str,
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The entries of a model's state dict `own` that a file's content gives, and the report."""
-    state, about = own_names(content, source), said(content)
-    converted = convert(state, source)
+    state, converted, about = read_state(content, source)
     if about.get("num_heads", num_heads) != num_heads:
         raise ValueError(f"{source}: num_heads: found {about['num_heads']}, need {num_heads}")
-    needed = [key for key in own if not key.startswith(HEADS)]
-    ignored = [key for key in state if key not in needed and key.startswith(IGNORED)]
-    new = [key for key in own if key.startswith(HEADS)]
-    report = LoadReport([], [], [], new, ignored, untold(num_heads, "num_heads" not in about))
-
-    update = {}
-    for key in needed:
-        before = own[key]
-        if key not in state:
-            continue
-        found = value = state[key].float()
-        with contextlib.suppress(*LOAD_ERRORS):  # no grid, no patches: the shape is named below
-            if key == "pos_embed":
-                value = resize_pos_embed(found, about.get("grid"), grid)
-            elif key == "patch_embed.proj.weight":
-                value = resize_patches(found, before.shape[-1])
-        if value.shape != before.shape:
-            raise ValueError(f"{source}: {key}: found shape {tuple(found.shape)}, need "
-                             f"{tuple(before.shape)}")
-        kind = report.resized if value is not found else report.loaded
-        (report.converted if value is found and key in converted else kind).append(key)
-        update[key] = value
-    try:
-        check_names(needed, [key for key in state if key not in ignored])
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    return update, report
+    backbone = {key: value for key, value in own.items() if not key.startswith(HEADS)}
+    ignored = [key for key in state if key not in backbone and key.startswith(IGNORED)]
+    update = {key: value for key, value in state.items() if key not in ignored}
+    resized = resize(update, own["patch_embed.proj.weight"].shape, about.get("grid"), grid, source)
+    check_fit(update, backbone, source)
+    converted = [key for key in backbone if key in converted and key not in resized]
+    loaded = [key for key in backbone if key not in resized and key not in converted]
+    new = [key for key in own if key not in backbone]
+    heads = f"{num_heads} attention heads, " * ("num_heads" not in about)
+    inputs = ", pictures normalised by ImageNet's mean and std" * ("mean" not in about)
+    notes = [f"assumed, since the file does not tell: {heads}exact GELU, norms before each branch, "
+             f"their eps 1e-6{inputs}"]
+    notes += [f"not taken: {name}" for name in ("model_ema", "state_dict_ema") if name in content]
+    return update, LoadReport(loaded, resized, converted, new, ignored, notes)
 
 
 # ---------------------------------------------------------------- whole models
 
 
-def architecture(state: dict[str, Tensor], about: dict) -> dict:
-    """The sizes of a ViT, read off its parameters; 64-wide heads where the file does not say."""
-    embed_dim, _, _, patch_size = state["patch_embed.proj.weight"].shape
-    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-    grid, _ = find_grid(state["pos_embed"].shape[1], about.get("grid"), (0, 0))
-    return dict(
-        patch_size=patch_size, embed_dim=embed_dim, depth=len(blocks),
-        num_heads=about.get("num_heads", max(1, embed_dim // 64)),
-        img_size=[patch_size * side for side in grid])
+def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
+    """A checkpoint's dict, its config checked against its weights. Raises ValueError naming it.
 
-
-def read_checkpoint(path: str) -> dict:
-    """A checkpoint's dict. Raises ValueError naming the file.
-
-    Of one without a config, of the authors' LCTR, TS-CAM or DeiT, sizes are read off the shapes,
-    classes are numbered, and phase is "external".
+    flags: what the config must hold. Of a file without a config, of the authors' LCTR, TS-CAM or
+    DeiT, sizes are read off the shapes, classes are numbered, and phase is "external".
     """
-    checkpoint = read_weights(path)
+    checkpoint, path = read_weights(path), str(path)
     if "config" not in checkpoint:
-        return external(checkpoint, str(path))
+        return external(checkpoint, path)
     missing = [key for key in ("model", "classes", "phase") if key not in checkpoint]
     if missing:
         raise ValueError(f"{path}: no {', '.join(missing)} in it: need a checkpoint of train.py")
     if checkpoint["phase"] != "main":
         raise ValueError(f"{path}: still in its pretraining phase: let train.py --resume finish it")
-    return checkpoint
+    state, config = own_names(checkpoint, path), checkpoint["config"]
+    missing = [flag for flag in flags if not isinstance(config, dict) or flag not in config]
+    if missing:
+        raise ValueError(f"{path}: config: lacks {', '.join(missing)}: need train.py's")
+    check_config(config, checkpoint["classes"], state, path)
+    return checkpoint | {"model": state}
+
+
+def check_config(config: dict, classes: list, state: dict[str, Tensor], path: str) -> None:
+    """Raises ValueError where a config has other sizes than its weights, before it is built."""
+    need, (C, head) = sizes(state, path), head_sizes(state, path)
+    if config["scorer"] == "shared" and head.get("scorer") == "gap":  # of the same shapes
+        head["scorer"] = "shared"
+    for name, value in (need | head).items():
+        if type(config[name]) is not type(value) or config[name] != value:
+            found = shown(config[name])
+            raise ValueError(f"{path}: {name}: found {found}, its weights have {value}")
+    D, P, N = need["embed_dim"], need["patch_size"], state["pos_embed"].shape[1] - 1
+    size, S, rate = config["img_size"], config["num_heads"], config["drop_path"]
+    sides = size if isinstance(size, (list, tuple)) else [size, size]
+    whole = len(sides) == 2 and all(type(side) is int and side > 0 == side % P for side in sides)
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    for name, found, fits, needed in (
+        ("img_size", size, whole and math.prod(sides) == N * P * P, f"{N} patches of {P} x {P}"),
+        ("num_heads", S, type(S) is int and S > 0 == D % S, f"a divisor of {D}"),
+        ("drop_path", rate, type(rate) in (int, float) and 0 <= rate < 1, "a number in [0, 1)"),
+        ("classes", classes, named and len(classes) == C, f"{C} names"),
+    ):
+        if not fits:
+            raise ValueError(f"{path}: {name}: found {shown(found)}, need {needed}")
 
 
 def assemble(build, checkpoint: dict, flags: tuple[str, ...], path: str) -> nn.Module:
-    """build(num_classes, **config) with the checkpoint's weights, in float32.
+    """build(num_classes, **config) with a checkpoint's weights. Raises ValueError naming the file.
 
-    Names and sizes are compared before time or memory is taken. Raises ValueError naming the file.
+    It is built without memory for its parameters, which become the checkpoint's.
     """
     state, config = checkpoint["model"], checkpoint["config"]
     try:
-        blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-        if config["depth"] != len(blocks):
-            raise ValueError(f"depth is {config['depth']!r} there, {len(blocks)} blocks here")
         with torch.device("meta"):
             model = build(len(checkpoint["classes"]), **{flag: config[flag] for flag in flags})
-        check_names(model.state_dict(), state)
-        model.load_state_dict({key: value.float().clone() for key, value in state.items()},
-                              assign=True)
-    except LOAD_ERRORS as error:
-        reason = f"its weights do not fit its config: {last_line(error)}"
-        raise ValueError(f"{path}: {reason}") from None
+    except ValueError as error:  # of flags that no shape tells
+        raise ValueError(f"{path}: {last_line(error)}") from None
+    check_fit(state, model.state_dict(), path)
+    model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
     return model
 
 
 def external(content: dict, path: str) -> dict:
     """read_checkpoint for the files of the authors' LCTR, TS-CAM and DeiT."""
-    state, about = own_names(content, path), said(content)
-    try:
-        convert(state, path)
-        state = {key: value for key, value in state.items()
-                 if not key.startswith(("mask_token", "decoder"))}  # of pretraining alone
-        config = architecture(state, about) | {
-            "drop_path": 0.0, "num_kernels": 4, "kernel_size": 3, "scorer": "separate",
-            "erase": "raw", "pool": "gap"}
-        if "cdm.weight" in state:
-            G, C, _, k, _ = state["cdm.weight"].shape
-            average, maximum = "cdm.score_avg.weight" in state, "cdm.score_max.weight" in state
-            scorer = "separate" if average and maximum else "gap" if average else "gmp"
-            config |= {"head": "cdm", "num_kernels": G, "kernel_size": k, "scorer": scorer,
-                       "pool": "padded"}
-        elif state["head.weight"].ndim == 4:
-            C, _, k, _ = state["head.weight"].shape
-            config |= {"head": "conv", "kernel_size": k}
-        else:
-            C = len(state["head.weight"])
-            config |= {"head": "token"}
-            state["classifier.weight"] = state.pop("head.weight")
-            state["classifier.bias"] = state.pop("head.bias")
-    except LOAD_ERRORS as error:
-        raise ValueError(f"{path}: not a checkpoint of train.py, LCTR, TS-CAM or DeiT "
-                         f"({last_line(error)}): has {shortly(list(state))}") from None
-    return {"model": state, "config": config, "classes": [f"class {i}" for i in range(C)],
+    state, _, about = read_state(content, path)
+    config = architecture(state, about, path)
+    grid, with_cls = find_grid(state["pos_embed"].shape[1], about.get("grid"), None, path)
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid, grid, with_cls)
+    if "head.weight" in state and state["head.weight"].ndim == 2:  # DeiT's
+        state = {re.sub("^head\\.", "classifier.", key): value for key, value in state.items()}
+    C, head = head_sizes(state, path)
+    config |= {"drop_path": 0.0, "num_kernels": 4, "kernel_size": 3, "scorer": "separate",
+               "erase": "raw", "pool": "padded" if head["head"] == "cdm" else "gap"} | head
+    model = {key: value for key, value in state.items() if not key.startswith(NEVER_RUN)}
+    return {"model": model, "config": config, "classes": [f"class {i}" for i in range(C)],
             "phase": "external", "metrics": {}}
 
 

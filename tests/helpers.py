@@ -140,6 +140,22 @@ def save_checkpoint(path, metrics=None, classes=tuple(data.SPECIES[:9]), **chang
     return path
 
 
+def make_model(num_classes=7, dtype=torch.float64, **switches):
+    """An LCTR in eval mode, its biases and attention far from zero: nothing cancels by chance."""
+    torch.manual_seed(0)
+    model = LCTR(num_classes, **switches).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def random_images(batch, size, dtype=torch.float64):
+    """Images (B, 3, height, width)."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 3, *size, dtype=dtype, generator=generator)
+
+
 class LayerScaleViT(torch.nn.Module):
     """DINOv2's convention: each residual branch is multiplied by a vector."""
 
