@@ -60,6 +60,21 @@ def folder(tmp_path):
     return helpers.make_folder(tmp_path / "my data")
 
 
+@pytest.fixture
+def place(tmp_path, cub, folder, ilsvrc, monkeypatch, without_pictures):
+    """A working directory with all that README's commands name, in small."""
+    import shutil
+
+    import helpers
+
+    shutil.copytree(cub, tmp_path / "PHOTOS")
+    folder.rename(tmp_path / "mydata")
+    helpers.make_place(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(autouse=True)
 def exact_float32_products():
     """The scripts let a GPU round float32 products to TF32, for the whole process: not here."""

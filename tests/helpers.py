@@ -2,9 +2,11 @@
 
 import csv
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import data
-from lctr import LCTR, MODEL_FLAGS
+from lctr import LCTR, MODEL_FLAGS, VisionTransformer
+from support import weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -284,3 +287,35 @@ def torchrun(*arguments, script="train.py"):
         return run.wait(120), run.stderr.read()
     finally:
         run.terminate()
+
+
+# ---------------------------------------------------------------- README's commands, in small
+
+TINY = {  # what makes a run of a script short
+    "train.py": "--embed-dim 12 --depth 1 --num-heads 2 --epochs 1 --batch-size 4 --limit-train 8 "
+                "--limit-test 4 --freeze-blocks 0 --device cpu",
+    "evaluate.py": "--device cpu", "data.py": "", "lctr.py": "",
+}
+
+
+def run_script(script: str, *flags: str) -> None:
+    """Runs a script as `python script flags` does, in this process."""
+    with mock.patch.object(sys, "argv", [script, *flags]):
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as stop:
+            assert not stop.code, stop.code
+
+
+def make_place(root):
+    """All that README's commands name beside their data sets, in small, below `root`."""
+    picture(root / "photo.jpg")
+    picture(root / "folder" / "picture.png")
+    for name, head in (("X", "cdm"), ("lctr", "cdm"), ("tscam", "conv")):
+        save_checkpoint(root / "runs" / name / "best.pt", head=head)
+    backbone = LayerScaleViT(12, 2, depth=1, patch=14, grid=(37, 37))
+    torch.save(backbone.state_dict(), root / "vit_s14.pth")
+    (root / "hub/checkpoints").mkdir(parents=True)
+    deit = VisionTransformer(224, 16, 12, 1, 2).state_dict()
+    downloaded = weights.DEIT_FILES["deit_small"].split("/")[-1]
+    torch.save({"model": deit}, root / "hub/checkpoints" / downloaded)

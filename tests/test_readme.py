@@ -6,16 +6,14 @@ import inspect
 import io
 import json
 import re
-import runpy
 import shlex
-import shutil
 import sys
 import textwrap
 
 import pytest
 import torch
 import torch.distributed.run
-from helpers import ROOT, LayerScaleViT, picture, save_checkpoint, torchrun
+from helpers import ROOT, TINY, run_script, torchrun
 from PIL import Image
 
 import data
@@ -38,11 +36,6 @@ SNIPPET = next(block for block in BLOCKS if block.startswith("import "))
 
 # ---------------------------------------------------------------- commands
 
-TINY = {  # what makes a run of a script short
-    "train.py": "--embed-dim 12 --depth 1 --num-heads 2 --epochs 1 --batch-size 4 --limit-train 8 "
-                "--limit-test 4 --freeze-blocks 0 --device cpu",
-    "evaluate.py": "--device cpu", "data.py": "", "lctr.py": "",
-}
 ARGUMENTS = {"[IMAGE]": "photo.jpg", "FILE": "backbone.pth", "CHECKPOINT": "runs/X/best.pt"}
 
 
@@ -56,37 +49,8 @@ def commands() -> list[str]:
     return [part for part in dict.fromkeys(parts) if part]
 
 
-@pytest.fixture
-def place(tmp_path, cub, folder, ilsvrc, monkeypatch, without_pictures):
-    """A working directory with all that README's commands name, in small."""
-    shutil.copytree(cub, tmp_path / "PHOTOS")
-    folder.rename(tmp_path / "mydata")
-    picture(tmp_path / "photo.jpg")
-    picture(tmp_path / "folder" / "picture.png")
-    for name, head in (("X", "cdm"), ("lctr", "cdm"), ("tscam", "conv")):
-        save_checkpoint(tmp_path / "runs" / name / "best.pt", head=head)
-    backbone = LayerScaleViT(12, 2, depth=1, patch=14, grid=(37, 37))
-    torch.save(backbone.state_dict(), tmp_path / "vit_s14.pth")
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    deit = lctr.VisionTransformer(224, 16, 12, 1, 2).state_dict()
-    downloaded = weights.DEIT_FILES["deit_small"].split("/")[-1]
-    torch.save({"model": deit}, tmp_path / "hub/checkpoints" / downloaded)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def python(monkeypatch, script: str, *flags: str) -> None:
-    """Runs a script as `python script flags` does, in this process."""
-    monkeypatch.setattr(sys, "argv", [script, *flags])
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as stop:
-        assert not stop.code, stop.code
-
-
 @pytest.mark.parametrize("command", commands())
-def test_command(command, place, monkeypatch):
+def test_command(command, place):
     match shlex.split(command):
         case ["python3", "-m", "venv", _] | ["pip", "install", *_] | ["python", "-m", "pytest"]:
             lines = [set(line.split()) for line in (ROOT / ".ci/run").read_text().splitlines()]
@@ -95,11 +59,11 @@ def test_command(command, place, monkeypatch):
             before = set(place.rglob("*"))
             tiny = [] if "--resume" in flags else TINY[script].split()
             if "--resume" in flags:
-                python(monkeypatch, "train.py", *TINY["train.py"].split())
+                run_script("train.py", *TINY["train.py"].split())
                 tiny = TINY["train.py"].split()
             if script == "evaluate.py" and "--images" not in flags:
                 tiny += ["--limit-test", "4"]
-            python(monkeypatch, script, *(ARGUMENTS.get(flag, flag) for flag in flags), *tiny)
+            run_script(script, *(ARGUMENTS.get(flag, flag) for flag in flags), *tiny)
             made = {path.name for path in set(place.rglob("*")) - before}
             if script in ("train.py", "evaluate.py"):
                 report = {"metrics.json", "gallery.png"}
@@ -139,8 +103,8 @@ def test_pictures_exist_and_all_are_shown():
 
 def help_of(script: str) -> str:
     text = io.StringIO()
-    with contextlib.redirect_stdout(text), pytest.MonkeyPatch.context() as patch:
-        python(patch, script, "--help")
+    with contextlib.redirect_stdout(text):
+        run_script(script, "--help")
     return text.getvalue()
 
 
