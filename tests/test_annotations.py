@@ -397,7 +397,8 @@ def test_deeper_pictures_are_found_through_links_but_not_without_end(cats, tmp_p
     link(cats / "test/cat/up", "..")
     link(tmp_path / "more/again", "../pets/test/cat/more")
     note = load("folder", cats).notes[0]
-    assert note.endswith(f"{folders.DEEPER} (the first: {cats / 'test/cat/more/1.jpg'})")
+    # more/1.jpg, and a, b, more/1 and c through up
+    assert note == f"5 {folders.DEEPER} (the first: {cats / 'test/cat/more/1.jpg'})"
 
 
 def test_each_reason_has_its_own_note(cats):
@@ -633,6 +634,17 @@ def test_a_scored_jpeg_cut_in_half_ends_a_run_before_its_first_step(cats, tmp_pa
     result = call(capsys, train, *flags, "--root", cats, "--out", tmp_path / "run")
     assert str(cats / "test/dog/half.jpg") in script_error(result, train)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_with_a_line_break_in_its_name(cats, workers):
+    path = cats / "test/dog/a\nb.jpg"
+    path.write_bytes(b"")
+    name = str(path).replace("\n", "\\n")
+    error_of(lambda: load("folder", cats), name, "cannot be read")
+    path.rename(cats / "train/dog/a\nb.jpg")
+    batches = data.loader(load("folder", cats, "train"), [[0, 1, 2, 3]], workers)
+    error_of(lambda: list(batches), name.replace("/test/", "/train/"), "cannot be read")
 
 
 @pytest.mark.parametrize("cores", [1, 3])
