@@ -1,4 +1,4 @@
-"""LCTR's operators: attention with its two maps (Eq. 4, RPAM), the score-weighted convolution (Eq. 6).
+"""LCTR's operators: attention with its two maps (Eq. 4, RPAM), and Eq. 6's convolution.
 
 Each exists three times: naively in reference.py, straight from the equations; in fast torch in
 torch_path.py, for any device; and as fused Triton kernels in rpam.py and cdm.py. Triton runs for
@@ -46,7 +46,7 @@ def use_backend(name: str | None):
 def attention(
     q: Tensor, k: Tensor, v: Tensor, relation: bool = False, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """softmax(q k^T / sqrt d) v, with the maps that LCTR takes from A, without holding A (Eq. 4, 5).
+    """softmax(q k^T / sqrt d) v and the maps that LCTR takes from A, without holding A (Eq. 4, 5).
 
     q, k, v: (B, S, N+1, d), any strides.
     Returns out (B, S, N+1, d), cls_attn M^c (B, N+1) and, if `relation` is set, M^r (B, N), else
@@ -177,7 +177,7 @@ def _runs_triton(backend: str | None, name: str, tensor: Tensor) -> bool:
 
 
 def _path(file: str, name: str, tensor: Tensor, backend: str | None):
-    """The module that computes: torch_path, or `file`, imported late: a CPU user needs no triton."""
+    """The module that computes. Triton's are imported only here, so that a CPU needs no triton."""
     if not _runs_triton(backend, name, tensor):
         return torch_path
     from . import cdm, rpam

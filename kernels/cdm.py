@@ -52,7 +52,7 @@ MAX_STAGED = 8  # kernels W_g whose tiles conv_kernel loads ahead; with more it 
 MAX_GROUP = 4  # kernels W_g whose gradient tiles one program of conv_weight_kernel holds at a time
 
 
-# ----------------------------------------------------------------- dynamic_conv2d: Eq. 6, all C maps
+# ---------------------------------------------------------------- dynamic_conv2d: Eq. 6, all C maps
 #
 #     mixed = torch.einsum("bg,gcduv->bcduv", scores, weight)       K_b (B, C, D, k, k)
 #     maps = [F.conv2d(image, kernel, bias, padding=k // 2) for image, kernel in zip(x, mixed)]
@@ -184,7 +184,7 @@ def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | Non
 def _launch_conv(
     out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, direction: int
 ) -> None:
-    """x (B, IN, h, w), scores (B, G), weight (G, C, k*k, D) -> out (B, OUT, h, w), channels-last."""
+    """x (B, IN, h, w), scores (B, G), weight (G, C, k*k, D) -> out (B, OUT, h, w)."""
     x, weight = short_offsets("x", x, 1), short_offsets("weight", weight, 1)
     B, IN, H, W = x.shape
     G, C, taps, D = weight.shape
@@ -277,7 +277,7 @@ def _convolution_gradients(ctx, grad):
 dynamic_conv2d_op.register_autograd(_convolution_gradients, setup_context=_save_convolution)
 
 
-# ------------------------------------------------------------- window_sums: the maps' global average
+# ------------------------------------------------------------ window_sums: the maps' global average
 #
 #     for u, v in itertools.product(range(k), range(k)):            r = k // 2, t = (u - r, v - r)
 #         shifted = F.pad(x, (r - v, v - r, r - u, u - r))          X[p + t], zeros outside
@@ -289,7 +289,8 @@ dynamic_conv2d_op.register_autograd(_convolution_gradients, setup_context=_save_
 # counts with X, on the tensor cores, and X is read once. A program owns BLOCK_D channels of one
 # image, all taps.
 #
-# Gradient: dX is the counts' transpose times dP. A program owns BLOCK_P positions x BLOCK_D channels.
+# Gradient: dX is the counts' transpose times dP. A program owns BLOCK_P positions of BLOCK_D
+# channels.
 
 
 @triton.jit
@@ -373,8 +374,9 @@ def window_sums(x: Tensor, kernel: int, padded: bool) -> Tensor:
     B, D, H, W = x.shape
     sums = _sums_shape(x, kernel, padded)
     blocks = BLOCKS["window_sums_kernel"]
-    launch(window_sums_kernel, (B, triton.cdiv(D, blocks["BLOCK_D"])), x, sums, *x.stride(), D, H, W,
-           kernel, padded, BLOCK_T=16, PRECISION=dot_precision(), **blocks)
+    grid = (B, triton.cdiv(D, blocks["BLOCK_D"]))
+    launch(window_sums_kernel, grid, x, sums, *x.stride(), D, H, W, kernel, padded, BLOCK_T=16,
+           PRECISION=dot_precision(), **blocks)
     return sums
 
 
@@ -412,7 +414,7 @@ def _windows_gradient(ctx, grad):
 window_sums.register_autograd(_windows_gradient, setup_context=_save_windows)
 
 
-# --------------------------------------------------------- class_products: maps of requested classes
+# -------------------------------------------------------- class_products: maps of requested classes
 #
 #     mixed = torch.einsum("bg,gbkduv->bkduv", scores, weight[:, classes])      (B, K, D, k, k)
 #     products = torch.einsum("bdp,bkduv->bkuvp", x.flatten(2), mixed.flip(3, 4))
@@ -422,6 +424,9 @@ window_sums.register_autograd(_windows_gradient, setup_context=_save_windows)
 # n = (class c, tap t), is what position p adds to Y[p + t]: sum_d K_b[c, -t, d] X[d, p]. A program
 # owns BLOCK_P positions of one image for BLOCK_K pairs side by side, so X is not shifted but read
 # once for up to 7 classes; torch's fold adds up the k*k products of each class, a small array.
+#
+# W is read in the parameter's own layout, without a copy: with k = 3 its channels lie 9 elements
+# apart, so its few loads move one element a lane. With k = 1 they move 16 bytes, as X's do.
 
 
 @triton.jit
@@ -441,6 +446,7 @@ def class_products_kernel(
     c = tl.load(classes + b * K + n // TAPS, mask=n < K * TAPS, other=0)
     known = (c >= 0) & (c < C)
     c = c.to(tl.int32)
+    nothing = tl.where(known, 0.0, float("nan"))[None, :]  # an unknown class's kernel
     acc = tl.zeros([BLOCK_P, BLOCK_K], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -450,7 +456,7 @@ def class_products_kernel(
         )
         w_tiles = weight + (c[None, :] * D + d[:, None]) * TAPS + (TAPS - 1 - n[None, :] % TAPS)
         w_inside = known[None, :] & (n[None, :] < K * TAPS) & (d[:, None] < D)
-        kernel = tl.zeros([BLOCK_D, BLOCK_K], tl.float32)  # K_b's tile
+        kernel = tl.zeros([BLOCK_D, BLOCK_K], tl.float32) + nothing  # K_b's tile
         for g in range(G):
             w_tile = tl.load(w_tiles, mask=w_inside, other=0.0).to(tl.float32)
             kernel += tl.load(scores + b * G + g) * w_tile
@@ -458,7 +464,7 @@ def class_products_kernel(
         acc = tl.dot(x_tile, kernel.to(x_tile.dtype), acc, input_precision=PRECISION)
     tl.store(
         products + n[None, :] * (H * W) + p[:, None],
-        tl.where(known[None, :], acc, float("nan")),
+        acc,
         mask=(p[:, None] < H * W) & (n[None, :] < K * TAPS),
     )
 
@@ -477,6 +483,8 @@ def class_products(x: Tensor, scores: Tensor, weight: Tensor, classes: Tensor) -
     short_offsets("products", products, 1)
     blocks = BLOCKS["class_products_kernel"][x.itemsize]
     columns = min(max(16, triton.next_power_of_2(K * k * k)), 64)
+    if columns == 16:  # W's tile is 16 bytes for each thread of four warps
+        blocks = blocks | dict(num_warps=4)
     grid = (B, triton.cdiv(H * W, blocks["BLOCK_P"]), triton.cdiv(K * k * k, columns))
     launch(
         class_products_kernel, grid, x, scores.float().contiguous(), weight, classes.contiguous(),

@@ -1,8 +1,9 @@
 """Makes Triton's interpreter compute bfloat16 correctly, and cuts its overhead.
 
-The interpreter keeps a bfloat16 as 16 bits in a uint16: its casts round wrongly, and its dot multiplies the bits as
-integers. enable() corrects both. All other bfloat16 arithmetic stays wrong: kernels cast to float32 right after a load.
-A quarter to a half of the interpreter's time goes into overflow checks of integer operations: enable() turns them off.
+The interpreter keeps a bfloat16 as 16 bits in a uint16: its casts round wrongly, and its dot
+multiplies the bits as integers. enable() corrects both. All other bfloat16 arithmetic stays wrong:
+kernels cast to float32 right after a load. A quarter to a half of the interpreter's time goes into
+overflow checks of integer operations: enable() turns them off.
 
 `kernels` calls enable() before every kernel that the interpreter runs.
 """
@@ -19,10 +20,12 @@ _cast, _dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 def enable() -> None:
     """Does nothing the second time."""
     InterpreterBuilder.cast_impl = _cast_right
-    InterpreterBuilder.create_fp_to_fp = lambda self, source, dtype, rounding: _cast_right(self, source, dtype)
+    InterpreterBuilder.create_fp_to_fp = (
+        lambda self, source, dtype, rounding: _cast_right(self, source, dtype))
     if InterpreterBuilder.create_dot is _dot:
         InterpreterBuilder.create_dot = _dot_right
-    interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
+    interpreter_builder.options = options
 
 
 def _widen(bits: np.ndarray) -> np.ndarray:
@@ -49,4 +52,5 @@ def _cast_right(self, source, dtype):
 
 def _dot_right(self, a, b, acc, *options):
     """Products of 16-bit numbers are exact in float32, where numpy has a fast matmul for them."""
-    return _dot(self, _cast_right(self, a, tl.float32), _cast_right(self, b, tl.float32), acc, *options)
+    a, b = (_cast_right(self, tile, tl.float32) for tile in (a, b))
+    return _dot(self, a, b, acc, *options)

@@ -1,4 +1,4 @@
-"""How every Triton kernel of this package is started, how it addresses, and how its products round."""
+"""How every Triton kernel of this package is launched, addresses, and rounds its products."""
 
 import torch
 from torch import Tensor

@@ -54,7 +54,9 @@ class Launch:
 
     def __init__(self, kernel: str, arguments: dict):
         self.kernel = kernel
-        self.arguments = {n: value for n, value in arguments.items() if isinstance(value, torch.Tensor)}
+        self.arguments = {
+            name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)
+        }
         self.programs = self.operations = self.atomics = 0
         self.counts = {}  # address of a storage: (bytes per element, loads, stores)
         for tensor in self.arguments.values():
@@ -76,13 +78,14 @@ class Launch:
 
     @property
     def tensors(self) -> dict[str, Access]:
-        return {name: Access(tensor, *self._view(tensor)) for name, tensor in self.arguments.items()}
+        return {name: Access(t, *self._view(t)) for name, t in self.arguments.items()}
 
     def _view(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Loads and stores of each of the tensor's elements."""
-        loads, stores = self.counts[tensor.untyped_storage().data_ptr()][1]
+        _, counts = self.counts[tensor.untyped_storage().data_ptr()]
         layout = tensor.shape, tensor.stride(), tensor.storage_offset()
-        return torch.from_numpy(loads).as_strided(*layout), torch.from_numpy(stores).as_strided(*layout)
+        loads, stores = (torch.from_numpy(count).as_strided(*layout) for count in counts)
+        return loads, stores
 
     @property
     def stray(self) -> int:
@@ -155,4 +158,5 @@ InterpreterBuilder.set_grid_idx = _counted_program
 _load, _store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 InterpreterBuilder.create_masked_load = _counted_load
 InterpreterBuilder.create_masked_store = _counted_store
-_atomic, InterpreterBuilder.create_atomic_rmw = InterpreterBuilder.create_atomic_rmw, _counted_atomic
+_atomic = InterpreterBuilder.create_atomic_rmw
+InterpreterBuilder.create_atomic_rmw = _counted_atomic

@@ -1,8 +1,9 @@
 """The naive twins of the kernels: the paper's equations in plain torch, written to be read, nothing
 fused or saved.
 
-    B images    h x w = N patches, N+1 tokens with the class token first    S heads of d = D/S channels
-    D channels    C classes    G kernels of size k x k    K asked classes
+    B images    N patches, h x w of them    T = N+1 tokens, the class token first
+    D channels  S heads of d = D/S channels
+    C classes   G kernels W_g of k x k      K requested classes
 
 Same names and signatures as the public functions of `kernels`, so that a test is one line. Each
 computes in the dtype of its arguments (the tests give float64) and torch differentiates it.
@@ -15,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, relation: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Eq. 4 with its two maps: q, k, v (B, S, N+1, d) -> out (B, S, N+1, d), M_l^c (B, N+1), M_l^r
-    (B, N) or None.
-    """
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, relation: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Eq. 4: q, k, v (B, S, N+1, d) -> out (B, S, N+1, d), M_l^c (B, N+1), M_l^r (B, N) or None."""
     attn = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
     cls_attn, patch_relation = aggregate_attention(attn)
     return attn @ v, cls_attn, patch_relation if relation else None
@@ -35,27 +36,28 @@ def aggregate_attention(attn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Eq. 6: each image of x (B, D, h, w) convolved with its own kernel, zeros outside -> (B, C, h,
-    w).
+    """Eq. 6: x (B, D, h, w), image b convolved with its own kernel, zeros outside -> (B, C, h, w).
 
-    scores S_g (B, G), weight W_g^e (G, C, D, k, k), bias (C) or None, which no score weighs.
+    scores S_g (B, G), weight W_g^e (G, C, D, k, k), bias (C) or None, not multiplied by the scores.
     """
     mixed = torch.einsum("bg,gcduv->bcduv", scores, weight)  # sum_g S_g W_g^e (B, C, D, k, k)
-    padding = weight.shape[-1] // 2
-    return torch.stack([F.conv2d(image, kernel, bias, padding=padding) for image, kernel in zip(x, mixed)])
+    maps = [F.conv2d(image, kernel, bias, padding="same") for image, kernel in zip(x, mixed)]
+    return torch.stack(maps)
 
 
-def dynamic_conv_logits(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, pool: str = "gap") -> Tensor:
-    """The global average pool of Eq. 6 -> (B, C); "padded" puts a zero-padded 3 x 3 average before
-    it.
-    """
+def dynamic_conv_logits(
+    x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, pool: str = "gap"
+) -> Tensor:
+    """The global average pool of Eq. 6 -> (B, C), after a zero-padded 3 x 3 average if "padded"."""
     maps = dynamic_conv2d(x, scores, weight, bias)  # (B, C, h, w)
     if pool == "padded":
         maps = F.avg_pool2d(maps, 3, stride=1, padding=1)
     return maps.mean((2, 3))
 
 
-def class_maps(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor) -> Tensor:
-    """Eq. 6 at the asked classes (B, K) of each image -> (B, K, h, w)."""
+def class_maps(
+    x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor
+) -> Tensor:
+    """Eq. 6 at the requested classes (B, K) of each image -> (B, K, h, w)."""
     maps = dynamic_conv2d(x, scores, weight, bias)  # (B, C, h, w)
-    return torch.stack([image[asked] for image, asked in zip(maps, classes)])
+    return torch.stack([image[requested] for image, requested in zip(maps, classes)])

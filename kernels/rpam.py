@@ -1,8 +1,8 @@
-"""RPAM in Triton (Fig. 3, Eq. 4, 5): the maps M^c and M^r of a block's attention, in three operators.
+"""RPAM in Triton (Fig. 3, Eq. 4, 5): the maps M^c and M^r of a block's attention. Three operators:
 
     aggregate_attention   both maps from A in memory: one read of A, and one more for the gradient
-    class_row             M^c from row 0 alone, differentiable: what training needs
-    attention_relation    softmax(q k^T) v and both maps without A in memory: what localisation needs
+    class_row             M^c from row 0 alone, differentiable: for training
+    attention_relation    softmax(q k^T) v and both maps, without A in memory: for localisation
 
 B images, S heads, T = N+1 tokens (token 0 is the class token), d channels a head (D in the code).
 i is a row of A, a query; j a column, a key. q, k, v (B, S, T, d) are views of one projection, whose
@@ -187,7 +187,7 @@ def _aggregate_gradient(ctx, grad_cls, grad_relation):
 aggregate_attention.register_autograd(_aggregate_gradient, setup_context=_save_attention)
 
 
-# ------------------------------------------------------------------------ class_row: row 0 of A only
+# ----------------------------------------------------------------------- class_row: row 0 of A only
 #
 #     scores = (q[:, :, :1] * k).sum(-1) / math.sqrt(d)   (B, S, T)
 #     cls_attn = scores.softmax(-1).mean(1)               M^c (B, T)
@@ -271,7 +271,7 @@ def _scores_shape(q, k):
 
 @torch.library.custom_op(f"{__package__}::class_scores_backward", mutates_args=())
 def class_scores_backward(grad: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """dscores (B, S, T), row 0 of q (B, S, d), k (B, S, T, d) -> dq_0 (B, S, d), dk (B, S, T, d)."""
+    """dscores (B, S, T), row 0 of q (B, S, d), k (B, S, T, d) -> dq_0 as q, dk as k."""
     k, grad = _channels_together("k", k), grad.contiguous()
     grad_q, grad_k = _class_gradient_shapes(grad, q, k)
     B, S, T, D = k.shape
@@ -298,7 +298,7 @@ def _class_row_gradient(ctx, grad):
 class_scores.register_autograd(_class_row_gradient, setup_context=_save_class_row)
 
 
-# ------------------------------------------------- attention_relation: both maps without A in memory
+# ------------------------------------------------ attention_relation: both maps without A in memory
 #
 #     attn = (q @ k.mT / math.sqrt(d)).softmax(-1)        Eq. 4: A (B, S, T, T)
 #     out = attn @ v                                      (B, S, T, d)
@@ -485,8 +485,9 @@ def _one_pass(q: Tensor) -> bool:
 
 
 def _capability(q: Tensor) -> int:
-    hopper = q.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(q.device)[0] == 9
-    return 9 if hopper else 0
+    if not q.is_cuda or torch.version.hip:
+        return 0
+    return 9 if torch.cuda.get_device_capability(q.device)[0] == 9 else 0
 
 
 def _check_width(q: Tensor) -> None:

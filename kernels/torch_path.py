@@ -1,11 +1,13 @@
-"""The operators in fast torch, for any device, and the baseline of the Triton kernels. Three identities make them fast:
+"""The operators in fast torch, for any device. Three identities make them fast:
 
-  class row          M^c needs row 0 of A only: one query per head, beside torch's fused attention.
-  pooled conv        the mean over positions of a linear convolution is its kernel times k*k window sums of X:
-                     mean_p sum_t W_t X[p+t] = sum_t W_t (mean_p X[p+t]). No class map is computed for logits.
-  requested classes  a convolution's output channels are independent: maps of K classes need the kernels of these K.
+  class row          M^c needs only row 0 of A: one query per head, beside torch's fused attention.
+  pooled conv        The mean over positions commutes with the convolution, which is linear:
+                     mean_p sum_t W_t X[p+t] = sum_t W_t (mean_p X[p+t]). Logits need no class map.
+  requested classes  A convolution's output channels are independent: the maps of K classes need the
+                     kernels of these K only.
 
-Each function does what the function of that name in rpam.py or cdm.py does. `kernels` checks the arguments.
+Each function computes what the function of that name in rpam.py or cdm.py does. `kernels` checks
+the arguments.
 """
 
 import math
@@ -17,13 +19,13 @@ from torch import Tensor
 HELD = 2**20  # elements of A held at a time on a CPU: 4 MiB of float32, which its caches hold
 
 
-# ---------------------------------------------------------------------------------------------- RPAM
+# --------------------------------------------------------------------------------------------- RPAM
 
 
 def class_row(q: Tensor, k: Tensor) -> Tensor:
     """M^c (B, T): row 0 of A, head mean."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    # The sum of a product, for matmul would copy the strided k and keep the copy for the gradient.
+    # A sum of products: matmul would copy the strided k, and keep the copy for the gradient.
     scores = (q[:, :, :1].to(wide) * k).sum(-1) / math.sqrt(q.shape[-1])  # (B, S, T)
     return scores.softmax(-1).mean(1)
 
@@ -31,14 +33,15 @@ def class_row(q: Tensor, k: Tensor) -> Tensor:
 def attention_relation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, S, T, d) -> out (B, S, T, d), M^c (B, T), M^r (B, T-1). No gradient.
 
-    M^r is linear in A, so A is computed one head at a time, of a few images on a CPU, and added up.
+    M^r is linear in A, so A is computed head by head, on a CPU of a few images at a time, and its
+    weighted columns are added up.
     """
     B, S, T, d = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     cls_attn = class_row(q, k)
-    out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads, the next step, copies nothing
+    out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads copies nothing
     columns = q.new_zeros(B, T, dtype=wide)
-    q, k = (q / math.sqrt(d)).to(wide) if q.dtype == wide else q.to(wide) / math.sqrt(d), k.to(wide)
+    q, k = q.to(wide) / math.sqrt(d), k.to(wide)
     dynamic = isinstance(B, torch.SymInt)  # torch.export with any number of images: all at a time
     images = B if dynamic or q.device.type != "cpu" else max(1, HELD // T**2)
     for first in [0] if dynamic else range(0, B, images):
@@ -83,24 +86,25 @@ def window_sums(x: Tensor, k: int, padded: bool) -> Tensor:
 def window_weights(h: int, w: int, k: int, padded: bool, like: Tensor) -> Tensor:
     """(h*w, k*k): how much position p of X counts in the window sum of tap t.
 
-    Tap t lets output position p - t read X[p]. So p counts as much as output p - t counts in the pool, and nothing
-    where p - t lies outside the map. Rows and columns are independent: the weight is a product of one for each.
+    Output position p - t reads X[p] through tap t. So p counts as much as p - t counts in the pool,
+    and not at all where p - t lies outside the map. Rows and columns are independent: the weight is
+    a product of one for each.
     """
 
     def along(size: int) -> Tensor:  # (k, size): for one axis, tap by position
         outputs = like.new_ones(size)
-        if padded:  # an output enters the average of each of its three neighbours that exist: two at an edge
+        if padded:  # an output enters the averages around it and its neighbours: two at an edge
             outputs = F.avg_pool1d(outputs[None], 3, stride=1, padding=1)[0]
-        # Row u of the unfolded rows is the outputs shifted by u; output p - t for tap t shifts the other way.
+        # Row u of the unfolded rows is the outputs shifted by u. p - t shifts the other way: flip.
         return F.pad(outputs / size, (k // 2, k // 2)).unfold(0, size, 1).flip(0)
 
     return torch.einsum("uh,vw->hwuv", along(h), along(w)).reshape(h * w, k * k)
 
 
 def class_products(x: Tensor, scores: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    """x (B, D, h, w), ..., classes (B, K) -> (B, K*k*k, h*w): each position's product with each requested class's taps.
+    """Each position's product with each tap of the requested classes (B, K) -> (B, K*k*k, h*w).
 
-    Only the K requested kernels are mixed, their taps mirrored; an id outside 0 .. C-1 gives NaN.
+    Only the K requested kernels are mixed, their taps mirrored. An id outside 0 .. C-1 gives NaN.
     """
     B, D, _, _ = x.shape
     G, C, _, _, _ = weight.shape
@@ -108,5 +112,5 @@ def class_products(x: Tensor, scores: Tensor, weight: Tensor, classes: Tensor) -
     classes = classes.clamp(0, C - 1)
     scores = scores.to(x.dtype).view(B, G, 1, 1, 1, 1)
     kernels = sum(scores[:, g] * weight[g, classes] for g in range(G))  # (B, K, D, k, k)
-    kernels = kernels.where(known, float("nan")).flip(3, 4).transpose(2, 1).flatten(2)  # (B, D, K*k*k)
-    return (x.flatten(2).mT @ kernels).mT
+    kernels = kernels.where(known, float("nan")).flip(3, 4)
+    return (x.flatten(2).mT @ kernels.transpose(2, 1).flatten(2)).mT  # (B, h*w, D) @ (B, D, K*k*k)

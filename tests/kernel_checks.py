@@ -1,4 +1,4 @@
-"""What the tests of the kernels share: cases, their inputs, and checks of one function against its twin.
+"""What the tests of the kernels share: cases, their inputs, and checks of a function and its twin.
 
 A check takes the package to test, `kernels` or a mutant of it, and calls it with backend="triton":
 in Triton's interpreter, or compiled where device="cuda".
@@ -86,16 +86,19 @@ def check_twin(module, name, inputs, dtype, roundings, lengths, gradient_lengths
             normal(*o.shape).to(o.dtype).to(o.device) for o in outputs]
         if not wanted:
             return outputs, [], upstream
-        return outputs, torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream), upstream
+        gradients = torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream)
+        return outputs, gradients, upstream
 
     def on_device(tensor):
         return tensor.detach().to(device) if device != "cpu" else tensor.detach()
 
+    def double(tensor):
+        return tensor.detach().cpu().double()
+
     normal = random(seed + 1)
     actual, gradients, upstream = run(module, on_device, [], backend="triton", **options)
-    exact, exact_gradients, _ = run(reference, lambda t: t.detach().cpu().double(), upstream, **options)
-    sizes, size_gradients, _ = run(
-        reference, lambda t: t.detach().cpu().double().abs(), upstream, **options)
+    exact, exact_gradients, _ = run(reference, double, upstream, **options)
+    sizes, size_gradients, _ = run(reference, lambda t: double(t).abs(), upstream, **options)
     for i, (a, e, m, length) in enumerate(zip(actual, exact, sizes, lengths, strict=True)):
         near(a, e, m, dtype, roundings, length, f"{name}, output {i}", *stored)
     lengths = [gradient_lengths[i] for i in wanted]

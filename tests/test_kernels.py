@@ -1,4 +1,4 @@
-"""The Triton kernels, in Triton's interpreter, against their naive twins; and how `kernels` dispatches.
+"""The Triton kernels in Triton's interpreter, against their naive twins; how `kernels` dispatches.
 
 kernel_checks.py has the checks, and how their tolerances follow from the arithmetic.
 """
@@ -37,7 +37,8 @@ ATTENTION_CASES = st.builds(
     N=st.sampled_from([1, 2, 13, 31, 33, 64, 65, 67, 127, 255, 256]),
     d=st.sampled_from([8, 16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
     layouts=st.tuples(*[st.sampled_from(["packed", *LAYOUTS])] * 3),
-    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]), seed=st.integers(0, 2**20),
+    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]),
+    seed=st.integers(0, 2**20),
 )
 
 
@@ -80,7 +81,8 @@ def test_uniform_attention(function):
         q, k, v = torch.zeros(3, 1, 2, T, 16)
         _, cls_attn, relation = kernels.attention(q, k, v, relation=True, backend="triton")
     else:
-        cls_attn, relation = kernels.aggregate_attention(torch.full((1, 2, T, T), 1 / T), backend="triton")
+        attn = torch.full((1, 2, T, T), 1 / T)
+        cls_attn, relation = kernels.aggregate_attention(attn, backend="triton")
     exact = torch.full((1, T), 1 / T).double()
     near(cls_attn, exact, exact, torch.float32, 0, T)
     near(relation, exact[:, 1:] / T, exact[:, 1:] / T, torch.float32, 0, 4 * T)
@@ -88,11 +90,11 @@ def test_uniform_attention(function):
 
 def test_patches_permuted_permute_the_maps():
     case = AttentionCase(B=1, S=2, N=66, d=16)
-    q, k, v = attention_inputs(case)
+    qkv = attention_inputs(case)
     order = torch.randperm(case.N, generator=torch.Generator().manual_seed(1))
     tokens = torch.cat([torch.zeros(1, dtype=torch.int64), 1 + order])
-    maps = kernels.attention(q, k, v, relation=True, backend="triton")
-    permuted = kernels.attention(q[:, :, tokens], k[:, :, tokens], v[:, :, tokens], relation=True, backend="triton")
+    maps = kernels.attention(*qkv, relation=True, backend="triton")
+    permuted = kernels.attention(*(t[:, :, tokens] for t in qkv), relation=True, backend="triton")
     u = case.d * unit(torch.float32) * 16  # logits are a few units in size
     torch.testing.assert_close(permuted[0], maps[0][:, :, tokens], rtol=u, atol=u)
     torch.testing.assert_close(permuted[1], maps[1][:, tokens], rtol=u, atol=0)
@@ -148,10 +150,10 @@ def test_one_hot_scores_are_plain_convolution():
     x, _, weight, bias = conv_inputs(case)
     maps = kernels.dynamic_conv2d(x, torch.eye(case.G)[[2, 0]], weight, bias, backend="triton")
     for b, g in enumerate((2, 0)):
-        near(maps[b], *(
-            torch.nn.functional.conv2d(f(x[b].double()), f(weight[g].double()), f(bias.double()), padding=1)
-            for f in (lambda t: t, abs)
-        ), torch.float32, 2, case.D * 9, "conv2d")
+        operands = [t.double() for t in (x[b], weight[g], bias)]
+        exact = torch.nn.functional.conv2d(*operands, padding=1)
+        size = torch.nn.functional.conv2d(*map(torch.abs, operands), padding=1)
+        near(maps[b], exact, size, torch.float32, 2, case.D * 9, "conv2d")
 
 
 @pytest.mark.parametrize("name", ["dynamic_conv2d", "dynamic_conv_logits"])
@@ -159,10 +161,12 @@ def test_linear_in_the_scores(name):
     case = ConvCase(bias=False)
     x, scores, weight, _ = conv_inputs(case)
     function = lambda s: getattr(kernels, name)(x, s, weight, None, backend="triton")
-    magnitude = getattr(reference, name)(*(t.double().abs() for t in (x, 2 * scores.abs() + 3, weight)), None)
+    sizes = (t.double().abs() for t in (x, 2 * scores.abs() + 3, weight))
+    size = 8 * getattr(reference, name)(*sizes, None)
     other = random(9)(*scores.shape)
-    combined = (2 * function(scores).double() + function(other).double()).detach()
-    near(function(2 * scores + other), combined, 8 * magnitude, torch.float32, 8, case.D * 9 * case.G, name)
+    combined = 2 * function(scores).double() + function(other).double()
+    actual = function(2 * scores + other)
+    near(actual, combined, size, torch.float32, 8, case.D * 9 * case.G, name)
 
 
 def test_logits_are_the_mean_of_the_maps():
@@ -174,30 +178,46 @@ def test_logits_are_the_mean_of_the_maps():
     near(logits, maps.mean((2, 3)), magnitude, torch.float32, 8, case.D * 9 * case.G * 45, "logits")
 
 
-# --------------------------------------------------------------------------------------------------- all functions
+# ------------------------------------------------------------------------------------ all functions
+
+
+def as_list(outputs) -> list[torch.Tensor]:
+    """A function's outputs, without those that are None."""
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [o for o in outputs if o is not None]
+
+
+def gradients(outputs, inputs) -> tuple[torch.Tensor, ...]:
+    """Under an upstream of ones, for all inputs that require one."""
+    outputs, leaves = as_list(outputs), [t for t in inputs if t.requires_grad]
+    return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
 
 
 def calls(B: int = 3):
-    """Every public function's Triton path on a batch: name -> (function of the batch's tensors, those tensors)."""
+    """name -> (a public function on Triton, of the batch's tensors; those tensors)."""
     q, k, v = attention_inputs(AttentionCase(B=B, S=2, N=34, d=16))
     x, scores, weight, bias = conv_inputs(ConvCase(B=B, D=9, C=7))
     classes = torch.tensor([[1, 6], [0, 0], [5, 2]])[:B]
-    triton = {"backend": "triton"}
+
+    def on_triton(name, *shared, **options):
+        function = getattr(kernels, name)
+        # classes follow what the images share
+        return lambda *batch: function(*batch[:2], *shared, *batch[2:], **options, backend="triton")
+
     return {
-        "attention": (lambda *qkv: kernels.attention(*qkv, relation=True, **triton), (q, k, v)),
-        "aggregate_attention": (lambda a: kernels.aggregate_attention(a, **triton), ((q @ k.mT).softmax(-1),)),
-        "dynamic_conv2d": (lambda x, s: kernels.dynamic_conv2d(x, s, weight, bias, **triton), (x, scores)),
-        "dynamic_conv_logits": (lambda x, s: kernels.dynamic_conv_logits(x, s, weight, bias, **triton), (x, scores)),
-        "class_maps": (lambda x, s, c: kernels.class_maps(x, s, weight, bias, c, **triton), (x, scores, classes)),
+        "attention": (on_triton("attention", relation=True), (q, k, v)),
+        "aggregate_attention": (on_triton("aggregate_attention"), ((q @ k.mT).softmax(-1),)),
+        "dynamic_conv2d": (on_triton("dynamic_conv2d", weight, bias), (x, scores)),
+        "dynamic_conv_logits": (on_triton("dynamic_conv_logits", weight, bias), (x, scores)),
+        "class_maps": (on_triton("class_maps", weight, bias), (x, scores, classes)),
     }
 
 
 @pytest.mark.parametrize("name", list(calls()))
 def test_same_bits_again_and_a_batch_is_its_images(name):
     function, batch = calls()[name]
-    as_tuple = lambda outputs: outputs if isinstance(outputs, tuple) else (outputs,)
-    together, again = as_tuple(function(*batch)), as_tuple(function(*batch))
-    images = [as_tuple(function(*(t[b : b + 1] for t in batch))) for b in range(3)]
+    together, again = as_list(function(*batch)), as_list(function(*batch))
+    images = [as_list(function(*(t[b : b + 1] for t in batch))) for b in range(3)]
     alone = [torch.cat(outputs) for outputs in zip(*images)]
     for a, b, c in zip(together, again, alone):
         assert torch.equal(a, b)
@@ -212,7 +232,8 @@ def test_same_bits_again_and_a_batch_is_its_images(name):
 def test_gradients_have_the_same_bits_again():
     inputs = [t.requires_grad_() for t in conv_inputs(ConvCase(D=9, C=7))]
     losses = [kernels.dynamic_conv2d(*inputs, backend="triton").square().sum() for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*(torch.autograd.grad(loss, inputs) for loss in losses)))
+    first, second = (torch.autograd.grad(loss, inputs) for loss in losses)
+    assert all(map(torch.equal, first, second))
 
 
 def arguments(device="cpu"):
@@ -232,61 +253,60 @@ def arguments(device="cpu"):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", list(arguments()))
 def test_forward_and_backward_on_the_meta_device(name, backend):
-    """Shapes, strides and devices without data: a tensor made on another device than the inputs' would raise."""
-    function = getattr(kernels, name)
-    outputs = [function(*arguments(device)[name], backend=backend) for device in ("meta", "cpu")]
-    outputs = [[o for o in out if o is not None] if isinstance(out, tuple) else [out] for out in outputs]
-    for meta, real in zip(*outputs, strict=True):
+    """Shapes, strides and devices without data. A tensor made on another device would raise."""
+    function, inputs = getattr(kernels, name), arguments("meta")[name]
+    outputs = as_list(function(*inputs, backend=backend))
+    reals = as_list(function(*arguments("cpu")[name], backend=backend))
+    for meta, real in zip(outputs, reals, strict=True):
         assert meta.device.type == "meta" and meta.dtype == real.dtype
         assert meta.shape == real.shape and meta.stride() == real.stride()
-    inputs = [t for t in arguments("meta")[name] if t.requires_grad]
-    outputs = function(*inputs, *arguments("meta")[name][len(inputs) :], backend=backend)
-    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
-    gradients = torch.autograd.grad(outputs, inputs, [torch.ones_like(o) for o in outputs])
-    assert all(g.device.type == "meta" and g.shape == t.shape for g, t in zip(gradients, inputs))
+    for gradient, leaf in zip(gradients(tuple(outputs), inputs), inputs):
+        assert gradient.device.type == "meta" and gradient.shape == leaf.shape
 
 
 def test_inference_functions_on_the_meta_device():
-    with torch.no_grad():
-        out, cls_attn, relation = kernels.attention(*arguments("meta")["attention"], relation=True, backend="triton")
-        maps = kernels.class_maps(*arguments("meta")["class_maps"], backend="triton")
+    given = arguments("meta")
+    with torch.no_grad(), kernels.use_backend("triton"):
+        out, cls_attn, relation = kernels.attention(*given["attention"], relation=True)
+        maps = kernels.class_maps(*given["class_maps"])
     assert (out.shape, cls_attn.shape, relation.shape) == ((2, 2, 6, 16), (2, 6), (2, 5))
     assert maps.shape == (2, 4, 3, 5)
 
 
 def test_operators_pass_torchs_own_checks():
-    """opcheck: schema, autograd registration, fake against real outputs, and tracing with symbolic shapes."""
+    """opcheck: schema, autograd registration, fake against real outputs, symbolic shapes."""
     from kernels import cdm, rpam
 
     given = arguments()
+    q, k, v = (t.detach() for t in given["attention"])
+    leaf_x, leaf_scores, _, leaf_bias = given["dynamic_conv2d"]
     x, scores, weight, _ = (t.detach() for t in given["dynamic_conv2d"])
-    weight_last = weight.flatten(3).mT.contiguous().requires_grad_()
+    weight_last = weight.flatten(3).mT.contiguous()
+    leaf_weight = weight_last.clone().requires_grad_()
     maps = torch.randn(2, 7, 3, 5)
     for operator, inputs in (
         (rpam.aggregate_attention, given["aggregate_attention"]),
-        (rpam.attention_relation, [t.detach() for t in given["attention"]]),
-        (rpam.class_scores, [t[:, :, 0] if i == 0 else t for i, t in
-                             enumerate(t.detach().requires_grad_() for t in given["attention"][:2])]),
-        (cdm.dynamic_conv2d_op, (*given["dynamic_conv2d"][:2], weight_last, given["dynamic_conv2d"][3])),
-        (cdm.dynamic_conv2d_grad_x, (maps, scores, weight_last.detach())),
-        (cdm.dynamic_conv2d_grad_weight, (maps, x, scores, weight_last.detach())),
-        (cdm.window_sums, (given["dynamic_conv2d"][0], 3, True)),
+        (rpam.attention_relation, (q, k, v)),
+        (rpam.class_scores, (q[:, :, 0].requires_grad_(), k.clone().requires_grad_())),
+        (rpam.class_scores_backward, (torch.randn(2, 2, 6), q[:, :, 0], k)),
+        (cdm.dynamic_conv2d_op, (leaf_x, leaf_scores, leaf_weight, leaf_bias)),
+        (cdm.dynamic_conv2d_grad_x, (maps, scores, weight_last)),
+        (cdm.dynamic_conv2d_grad_weight, (maps, x, scores, weight_last)),
+        (cdm.window_sums, (leaf_x, 3, True)),
         (cdm.window_sums_backward, (torch.randn(2, 9, 9), 3, 5, 3, False)),
         (cdm.class_products, (x, scores, weight, given["class_maps"][4])),
     ):
-        torch.library.opcheck(operator, tuple(inputs))
+        torch.library.opcheck(operator, inputs)
 
 
 @pytest.mark.parametrize("name", list(arguments()))
 def test_compiles_in_one_graph(name, compile_whole):
     """Forward and backward."""
     inputs = arguments()[name]
-    leaves = [t for t in inputs if t.requires_grad]
 
     def run(function):
         outputs = function(*inputs, backend="triton")
-        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
-        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
+        return [*as_list(outputs), *gradients(outputs, inputs)]
 
     function = getattr(kernels, name)
     for plain, compiled in zip(run(function), run(compile_whole(function))):
@@ -317,7 +337,8 @@ def test_use_backend():
 
 
 def test_kernels_come_without_triton_until_they_run():
-    code = "import sys, torch, kernels as k; k.attention(*torch.ones(3, 1, 1, 2, 4)); sys.exit('triton' in sys.modules)"
+    code = ("import sys, torch, kernels as k; k.attention(*torch.ones(3, 1, 1, 2, 4)); "
+            "sys.exit('triton' in sys.modules)")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(kernels.__file__))
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -383,13 +404,9 @@ def test_an_empty_batch(name, backend):
     expected = getattr(kernels, name)(*(t.detach() for t in full), backend="torch")
     inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
     outputs = getattr(kernels, name)(*inputs, backend=backend)
-    outputs, expected = (o if isinstance(o, tuple) else (o,) for o in (outputs, expected))
-    for o, e in zip(outputs, expected):
-        assert (o is None) == (e is None) and (o is None or o.shape == (0, *e.shape[1:]))
-    outputs = [o for o in outputs if o is not None]
-    leaves = [t for t in inputs if t.requires_grad]
-    for leaf, gradient in zip(leaves, torch.autograd.grad(
-            outputs, leaves, [torch.ones_like(o) for o in outputs])):
+    for o, e in zip(as_list(outputs), as_list(expected), strict=True):
+        assert o.shape == (0, *e.shape[1:]) and o.dtype == e.dtype
+    for leaf, gradient in zip(inputs, gradients(outputs, inputs)):
         assert gradient.shape == leaf.shape and not gradient.any()
 
 
@@ -496,12 +513,11 @@ def test_the_batch_is_on_the_grids_first_axis(monkeypatch):
     monkeypatch.setattr(rpam, "launch", record)
     for B in (1, 3):
         for function, batch in calls(B).values():
-            leaves = [t.requires_grad_() if t.is_floating_point() else t for t in batch]
-            with torch.no_grad() if len(leaves) == 3 else torch.enable_grad():
-                outputs = function(*(t.detach() for t in leaves) if len(leaves) == 3 else leaves)
-            if len(leaves) < 3:
-                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-                torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+            if len(batch) == 3:  # without a gradient
+                function(*batch)
+            else:
+                leaves = [t.requires_grad_() for t in batch]
+                gradients(function(*leaves), leaves)
     assert len(grids) >= 8
     for (name, _), (one, three) in grids.items():
         if name == "conv_weight_kernel":  # loops over the batch
@@ -539,7 +555,7 @@ def test_dot_precision_before_torch_2_9(monkeypatch):
     assert launch.dot_precision() == "tf32x3"
 
 
-# --------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 def refused(error, words, function, *inputs, **options):
@@ -552,45 +568,60 @@ def refused(error, words, function, *inputs, **options):
 def test_errors_name_the_argument_what_it_got_and_needs(monkeypatch):
     given = {name: [t.detach() for t in inputs] for name, inputs in arguments().items()}
     q, k, v = given["attention"]
-    x, scores, weight, bias = given["dynamic_conv2d"]
-    attn, classes = given["aggregate_attention"][0], given["class_maps"][4]
-    conv, maps = kernels.dynamic_conv2d, kernels.class_maps
-    refused(ValueError, ["q", "(2, 6, 16)", "(B, S, N+1, d)"], kernels.attention, q[0], k[0], v[0])
-    refused(ValueError, ["k", "(2, 2, 5, 16)", "(2, 2, 6, 16)"], kernels.attention, q, k[:, :, 1:], v)
-    refused(ValueError, ["v", "float16", "float32"], kernels.attention, q, k, v.half())
-    refused(ValueError, ["v", "meta", "cpu"], kernels.attention, q, k, v.to("meta"))
-    refused(ValueError, ["q", "int64"], kernels.attention, q.long(), k.long(), v.long())
-    refused(ValueError, ["attn", "(2, 3, 6, 5)"], kernels.aggregate_attention, attn[..., 1:])
-    refused(ValueError, ["x", "(9, 3, 5)", "(B, D, h, w)"], conv, x[0], scores, weight, bias)
-    refused(ValueError, ["weight", "(3, 7, 9, 2, 3)", "k 1 or 3"], conv, x, scores, weight[..., 1:, :], bias)
-    refused(ValueError, ["weight", "(3, 7, 8, 3, 3)", "9"], conv, x, scores, weight[:, :, 1:], bias)
-    refused(ValueError, ["scores", "(2, 2)", "(2, 3)"], conv, x, scores[:, 1:], weight, bias)
-    refused(ValueError, ["bias", "(6,)", "(7,)"], conv, x, scores, weight, bias[1:])
-    refused(ValueError, ["weight", "float16", "float32"], conv, x, scores, weight.half(), bias)
-    refused(ValueError, ["classes", "(4,)", "(2, K)"], maps, x, scores, weight, bias, classes[0])
-    refused(ValueError, ["classes", "float32", "int64"], maps, x, scores, weight, bias, classes.float())
-    refused(ValueError, ["pool", "'max'", "gap"], kernels.dynamic_conv_logits, x, scores, weight, bias, "max")
-    refused(ValueError, ["backend", "'cuda'", "triton"], conv, x, scores, weight, bias, backend="cuda")
-    refused(ValueError, ["backend", "'cuda'"], kernels.use_backend("cuda").__enter__)
+    (attn,), (x, scores, weight, bias, classes) = given["aggregate_attention"], given["class_maps"]
+    attention, aggregate, conv, logits, maps = (getattr(kernels, name) for name in given)
+    for words, function, *inputs in (
+        ("q: got shape (2, 6, 16), need (B, S, N+1, d)", attention, q[0], k[0], v[0]),
+        ("k: got shape (2, 2, 5, 16), need q's (2, 2, 6, 16)", attention, q, k[:, :, 1:], v),
+        ("v: got torch.float16 on cpu, q is torch.float32", attention, q, k, v.half()),
+        ("v: got torch.float32 on meta, q is torch.float32 on cpu", attention, q, k, v.to("meta")),
+        ("q: got torch.int64", attention, q.long(), k.long(), v.long()),
+        ("attn: got shape (2, 3, 6, 5)", aggregate, attn[..., 1:]),
+        ("x: got shape (9, 3, 5), need (B, D, h, w)", conv, x[0], scores, weight, bias),
+        ("k, k) with k 1 or 3", conv, x, scores, weight[..., 1:, :], bias),
+        ("weight: got shape (3, 7, 8, 3, 3), need (G, C, 9", logits, x, scores, weight[:, :, 1:],
+         bias),
+        ("scores: got shape (2, 2), need (2, 3)", conv, x, scores[:, 1:], weight, bias),
+        ("scores: got torch.int64 on cpu, need floating", conv, x, scores.long(), weight, bias),
+        ("scores: got torch.float32 on meta", conv, x, scores.to("meta"), weight, bias),
+        ("bias: got shape (6,), need (7,)", conv, x, scores, weight, bias[1:]),
+        ("weight: got torch.float16", conv, x, scores, weight.half(), bias),
+        ("classes: got torch.int64 of shape (4,), need int64 of (2, K)", maps, x, scores, weight,
+         bias, classes[0]),
+        ("classes: got torch.float32", maps, x, scores, weight, bias, classes.float()),
+        ("classes: got a tensor on meta, x is on cpu", maps, x, scores, weight, bias,
+         classes.to("meta")),
+        ("pool: got 'max', need \"gap\"", logits, x, scores, weight, bias, "max"),
+    ):
+        for backend in ("torch", "triton"):
+            refused(ValueError, [words], function, *inputs, backend=backend)
+    refused(ValueError, ["backend: got 'cuda', need \"triton\""], conv, x, scores, weight, bias,
+            backend="cuda")
+    refused(ValueError, ["backend: got 'cuda'"], kernels.use_backend("cuda").__enter__)
 
-    refused(ValueError, ["attn", "float64", "float32"], kernels.aggregate_attention, attn.double(), backend="triton")
-    wide = torch.randn(1, 1, 3, 129)
-    refused(ValueError, ["q", "129", "128"], kernels.attention, wide, wide, wide, relation=True, backend="triton")
-    q.requires_grad_()
+    with kernels.use_backend("triton"):
+        refused(ValueError, ["attn: got torch.float64", "float32"], aggregate, attn.double())
+        wide = torch.randn(1, 1, 3, 129)
+        for relation in (True, False):
+            refused(ValueError, ["q: got head dimension 129", "at most 128"], attention, wide, wide,
+                    wide, relation)
     for backend in ("torch", "triton"):
-        refused(RuntimeError, ["relation=True", "no_grad"], kernels.attention, q, k, v, relation=True, backend=backend)
+        refused(RuntimeError, ["attention: relation=True has no gradient", "no_grad"], attention,
+                q.requires_grad_(), k, v, relation=True, backend=backend)
     monkeypatch.delenv("TRITON_INTERPRET")
-    refused(RuntimeError, ["x", "CPU tensor", "TRITON_INTERPRET"], conv, x, scores, weight, bias, backend="triton")
+    refused(RuntimeError, ["x: got a CPU tensor", "TRITON_INTERPRET"], conv, x, scores, weight,
+            bias, backend="triton")
 
 
-# ---------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def small_model():
     import lctr
 
     torch.manual_seed(0)
-    model = lctr.LCTR(5, img_size=(24, 32), patch_size=8, embed_dim=24, depth=2, num_heads=2, num_kernels=3)
+    model = lctr.LCTR(5, img_size=(24, 32), patch_size=8, embed_dim=24, depth=2, num_heads=2,
+                      num_kernels=3)
     return model.eval(), torch.randn(2, 3, 24, 32)
 
 
@@ -607,12 +638,14 @@ def test_localize_is_the_same_on_triton(classes):
 def test_a_training_step_is_the_same_on_triton():
     model, images = small_model()
 
-    def gradients():
-        loss = torch.nn.functional.cross_entropy(model(images), torch.tensor([1, 4]))
-        return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters()))))
+    names, parameters = zip(*model.named_parameters())
 
-    torch_path = gradients()
+    def step():
+        loss = torch.nn.functional.cross_entropy(model(images), torch.tensor([1, 4]))
+        return dict(zip(names, torch.autograd.grad(loss, parameters)))
+
+    torch_path = step()
     with kernels.use_backend("triton"):
-        triton_path = gradients()
+        triton_path = step()
     for name, gradient in torch_path.items():
         torch.testing.assert_close(triton_path[name], gradient, rtol=1e-4, atol=1e-6, msg=name)

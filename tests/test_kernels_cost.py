@@ -1,5 +1,5 @@
-"""What LCTR costs over a plain ViT, in operations and memory counted rather than timed; that torch.compile takes it
-whole; and that attention comes out the same in whatever pieces torch computes it."""
+"""What LCTR costs over a plain ViT, in operations and memory counted rather than timed; that
+torch.compile takes it whole; and that attention comes out the same in any pieces."""
 
 import pytest
 import torch
@@ -30,14 +30,16 @@ def relation(N: int) -> int:
     return L * 2 * S * (N + 1) ** 2 + 2 * N * D * k * k
 
 
-@pytest.mark.parametrize("task, num_classes, img_size, limit",
-                         [("train", 200, 224, 1.08), ("train", 1000, 224, 1.09), ("localize", 200, 224, 1.10),
-                          ("localize", 1000, 224, 1.10), ("localize", 200, 448, 1.10)])
+@pytest.mark.parametrize("task, num_classes, img_size, limit", [
+    ("train", 200, 224, 1.08), ("train", 1000, 224, 1.09), ("localize", 200, 224, 1.10),
+    ("localize", 1000, 224, 1.10), ("localize", 200, 448, 1.10),
+])
 def test_operations_are_the_least(task, num_classes, img_size, limit):
     work, N = Work(task, num_classes, img_size, 2), (img_size // 16) ** 2
     floor, ours = operations(work, PlainViT), operations(work, LCTR)
     assert floor == 2 * (backbone(N) + 2 * D * num_classes)
-    assert ours == 2 * (backbone(N) + additions(N, num_classes) + relation(N) * (task == "localize"))
+    maps = relation(N) if task == "localize" else 0
+    assert ours == 2 * (backbone(N) + additions(N, num_classes) + maps)
     class_rows = 2 * L * 2 * (N + 1) * D  # computed elementwise, so not counted
     assert ours + class_rows <= limit * floor
 
@@ -99,7 +101,7 @@ def test_attention_in_pieces_equals_its_twin(elements, dtype, monkeypatch):
 
 
 def test_heads_are_summed_in_float32():
-    """Where A is uniform each of a thousand rows adds as much: bfloat16 would stop at 256 of them."""
+    """Where A is uniform a thousand rows add the same: bfloat16 would stop at 256 of them."""
     q = torch.zeros(1, 1, 1024, 8, dtype=torch.bfloat16)
     relation = kernels.attention(q, q, q, relation=True, backend="torch")[2]
     torch.testing.assert_close(1024**2 * relation, torch.ones(1, 1023))

@@ -1,9 +1,9 @@
 """Faults planted in the kernels, one at a time: each must fail a check that the true ones pass.
 
-A mutant is a copy of the package with one node of one function's syntax tree changed, imported under
-a name of its own. The node is addressed by file, function and, where it is the value of an
-assignment, by variable and number: ("attention_kernel", "m", 0) is the first value of m. A fault
-that would change no node, or more than one, is an error of this table.
+A mutant is a copy of the package with one node of one function's syntax tree changed, imported
+under a name of its own. The node is addressed by file, function and its source or, where it is the
+value of an assignment, by variable and number: "m = 0" is the first value of m. A fault that would
+change no node, or more than one, is an error of this table.
 """
 
 import ast
@@ -199,7 +199,8 @@ def mutate(text: str, function: str, source: str, replacement: str) -> str:
     def is_target(statement) -> bool:
         targets = getattr(statement, "targets", [getattr(statement, "target", None)])
         names = [t.id for t in targets if isinstance(t, ast.Name)]
-        return isinstance(statement, (ast.Assign, ast.AugAssign)) and assigned.targets[0].id in names
+        is_assignment = isinstance(statement, (ast.Assign, ast.AugAssign))
+        return is_assignment and assigned.targets[0].id in names
 
     value = ast.parse(replacement, mode="eval").body
     if isinstance(assigned, ast.Assign):
