@@ -1,6 +1,7 @@
 """What several test files build and compare: pictures, data sets, checkpoints, runs of a script."""
 
 import csv
+import json
 import os
 import runpy
 import subprocess
@@ -311,6 +312,11 @@ def make_place(root):
     """All that README's commands name beside their data sets, in small, below `root`."""
     picture(root / "photo.jpg")
     picture(root / "folder" / "picture.png")
+    name = "test/chat noir/a, b.JPEG"
+    (root / "labels.json").write_text(json.dumps({
+        "images": [{"id": 7, "file_name": name, "width": 60, "height": 40}],
+        "annotations": [{"image_id": 7, "bbox": [1, 2, 30, 20], "category_id": 1}],
+        "categories": [{"id": 1, "name": "chat noir"}]}))
     for name, head in (("X", "cdm"), ("lctr", "cdm"), ("tscam", "conv")):
         save_checkpoint(root / "runs" / name / "best.pt", head=head)
     backbone = LayerScaleViT(12, 2, depth=1, patch=14, grid=(37, 37))
