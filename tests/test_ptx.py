@@ -6,15 +6,17 @@ import torch
 
 import ptx
 
-HEAD = ".visible .entry k(.param .u64 k_param_0)\n{\n"
+HEAD = ".visible .entry k({})\n{{\n"
 START = "ld.param.b64 %rd1, [k_param_0]; mov.u32 %r1, %tid.x; mad.wide.u32 %rd2, %r1, 4, %rd1;"
 I = np.arange(32, dtype=np.int64)
 
 
-def execute(body, warps=1, shared=4096, grid=(1,)):
-    out = torch.zeros(32 * warps, dtype=torch.int32)
-    code = f"{HEAD}{START}{body} ret;\n}}\n"
-    ptx.run(ptx.parse(code, shared, warps), grid, [out])
+def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
+    """What a program leaves in its first parameter, `words` numbers a thread."""
+    out = torch.zeros(32 * warps * words, dtype=torch.int32)
+    parameters = ", ".join(f".param .u64 k_param_{i}" for i in range(1 + len(inputs)))
+    code = f"{HEAD.format(parameters)}{START}{body} ret;\n}}\n"
+    ptx.run(ptx.parse(code, shared, warps), grid, [out, *inputs])
     return out.numpy().view(np.uint32)
 
 
@@ -69,3 +71,153 @@ def test_barriers_and_waits():
 def test_fault(body, options, words):
     with pytest.raises(ptx.Fault, match=words):
         execute(body, **options)
+
+
+# ------------------------------------------------------------------------------------------ matrices
+# What lies in which lane's register is written here as the PTX manual gives it, lane by lane:
+# g = lane / 4, t = lane % 4.
+
+# the 8 x 8 matrix 0 .. 63 in shared memory, two numbers to a lane's word; %r6: row 7 - lane % 8
+PAIRS = I * 0x20002 + 0x10000
+MATRIX = ("mad.lo.s32 %r4, %r1, 0x20002, 0x10000; shl.b32 %r3, %r1, 2; st.shared.b32 [%r3], %r4; "
+          "and.b32 %r5, %r1, 7; shl.b32 %r5, %r5, 4; sub.s32 %r6, 112, %r5; ")
+
+
+def element(row, column):
+    """Of the matrix that MATRIX stores: row r's two numbers for one lane."""
+    return row * 8 + column
+
+
+def pair(low, high):
+    return low | high << 16
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r6];",
+     pair(element(7 - I // 4, 2 * (I % 4)), element(7 - I // 4, 2 * (I % 4) + 1))),
+    ("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r2}, [%r5];",
+     pair(element(2 * (I % 4), I // 4), element(2 * (I % 4) + 1, I // 4))),
+    ("shr.u32 %r8, %r1, 3; and.b32 %r8, %r8, 1; setp.eq.u32 %p1, %r8, 0; "  # lanes 8 to 15: row i
+     "selp.b32 %r7, %r6, %r5, %p1; "
+     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r9, %r2}, [%r7]; sub.s32 %r2, %r2, %r9;",
+     PAIRS - pair(element(7 - I // 4, 2 * (I % 4)), element(7 - I // 4, 2 * (I % 4) + 1))),
+    ("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r6], {%r4}; ld.shared.b32 %r2, [%r3];",
+     pair(element(7 - I // 4, 2 * (I % 4)), element(7 - I // 4, 2 * (I % 4) + 1))),
+    ("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%r5], {%r4}; ld.shared.b32 %r2, [%r3];",
+     pair(element(2 * (I % 4), I // 4), element(2 * (I % 4) + 1, I // 4))),
+])
+def test_matrices_of_8_rows(line, expected):
+    found = execute(MATRIX + line + "st.global.b32 [%rd2], %r2;")
+    np.testing.assert_array_equal(found, (expected & 0xFFFFFFFF).astype(np.uint32))
+
+
+KINDS = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
+
+
+def words(values):
+    """A row of each lane's numbers (lanes, n) as 32-bit words."""
+    return values.contiguous().view(torch.int32)
+
+
+def left_words(a, kind):
+    """A (16, K) as the registers a0 .. a3 of 32 lanes: (32, 4) words."""
+    lanes = []
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        if kind == "tf32":  # K = 8
+            places = [[(g, t)], [(g + 8, t)], [(g, t + 4)], [(g + 8, t + 4)]]
+        else:  # K = 16
+            places = [[(row, column), (row, column + 1)] for column in (2 * t, 2 * t + 8)
+                      for row in (g, g + 8)]
+        lanes.append(torch.stack([a[place] for register in places for place in register]))
+    return words(torch.stack(lanes))
+
+
+def right_words(b, kind):
+    """B (K, 8) as the registers b0, b1 of 32 lanes: (32, 2) words."""
+    lanes = []
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        rows = [t, t + 4] if kind == "tf32" else [2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]
+        lanes.append(torch.stack([b[row, g] for row in rows]))
+    return words(torch.stack(lanes))
+
+
+def result_matrix(found, rows=16):
+    """D (rows, 8) from the registers d0 .. d3 of each lane; a warp has 16 rows."""
+    d = np.full((rows, 8), np.nan, np.float32)
+    for lane, registers in enumerate(found.view(np.float32).reshape(-1, 4)):
+        warp, (g, t) = lane // 32, divmod(lane % 32, 4)
+        for i, value in enumerate(registers):
+            d[16 * warp + g + 8 * (i // 2), 2 * t + i % 2] = value
+    return d
+
+
+LOAD_A = ("ld.param.b64 %rd3, [k_param_1]; mad.wide.u32 %rd4, %r1, 16, %rd3; "
+          "ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%rd4]; ")
+STORE_D = ("mad.wide.u32 %rd7, %r1, 16, %rd1; "
+           "st.global.v4.b32 [%rd7], {%f1, %f2, %f3, %f4};")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mma(kind):
+    generator, K = torch.Generator().manual_seed(0), 8 if kind == "tf32" else 16
+    a, b = torch.randn(16, K, generator=generator), torch.randn(K, 8, generator=generator)
+    a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) if kind == "tf32"
+            else x.to(KINDS[kind]) for x in (a, b))
+    found = execute(
+        LOAD_A + "ld.param.b64 %rd5, [k_param_2]; mad.wide.u32 %rd6, %r1, 8, %rd5; "
+        "ld.global.v2.b32 {%r14, %r15}, [%rd6]; mov.b32 %f5, 0f3F800000; "
+        f"mma.sync.aligned.m16n8k{K}.row.col.f32.{kind}.{kind}.f32 {{%f1, %f2, %f3, %f4}}, "
+        "{%r10, %r11, %r12, %r13}, {%r14, %r15}, {%f5, %f5, %f5, %f5}; " + STORE_D,
+        inputs=[left_words(a, kind), right_words(b, kind)], words=4)
+    expected = a.double() @ b.double() + 1
+    np.testing.assert_allclose(result_matrix(found), expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+WGMMA = (LOAD_A + "ld.param.b64 %rd5, [k_param_2]; mad.wide.u32 %rd6, %r1, 8, %rd5; "
+         "ld.global.v2.b32 {%r14, %r15}, [%rd6]; setp.lt.u32 %p1, %r1, 64; "  # a word, its place
+         "@%p1 st.shared.b32 [%r15], %r14; fence.proxy.async.shared::cta; bar.sync 0; "
+         "ld.param.b64 %rd8, [k_param_3]; setp.ne.u32 %p2, 1, 0; "
+         "mov.b32 %f1, 0f3F800000; mov.b32 %f2, %f1; mov.b32 %f3, %f1; mov.b32 %f4, %f1; "
+         "wgmma.fence.sync.aligned; "
+         "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, "
+         "{%r10, %r11, %r12, %r13}, %rd8, %p2, 1, 1, 0; "
+         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; " + STORE_D)
+
+
+def wgmma(body, start=256):
+    """(D, A B + 1): A (64, 16) in four warps' registers, B (16, 8) in shared memory from `start`.
+
+    B lies by columns of 16 numbers, 32 bytes, in whose swizzle the address's bit 4 is flipped
+    where its bit 7 is set.
+    """
+    generator = torch.Generator().manual_seed(1)
+    a = torch.randn(64, 16, generator=generator).half()
+    b = torch.randn(16, 8, generator=generator).half()
+    left = torch.cat([left_words(a[16 * warp:16 * warp + 16], "f16") for warp in range(4)])
+    places = start + 4 * torch.arange(64)  # of each pair of numbers
+    places = places ^ ((places >> 7 & 1) << 4)
+    stored = torch.zeros(128, 2, dtype=torch.int32)
+    stored[:64, 0], stored[:64, 1] = words(b.T.contiguous()).flatten(), places.int()
+    descriptor = start >> 4 | 1 << 16 | (256 >> 4) << 32 | 3 << 62
+    found = execute(body, 4, inputs=[left, stored, descriptor - 2**64], words=4)
+    return result_matrix(found, 64), (a.double() @ b.double() + 1).numpy()
+
+
+def test_wgmma():
+    found, expected = wgmma(WGMMA)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wgmma_is_done_when_it_is_waited_for():
+    found, _ = wgmma(WGMMA.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"))
+    assert np.isnan(found).all()  # garbage until then
+
+
+@pytest.mark.parametrize("line, words", [
+    ("fence.proxy.async.shared::cta;", "not fenced"), ("bar.sync 0;", "race|not fenced"),
+])
+def test_wgmma_of_what_was_just_stored(line, words):
+    with pytest.raises(ptx.Fault, match=words):
+        wgmma(WGMMA.replace(line, ""))
