@@ -73,7 +73,7 @@ def test_fault(body, options, words):
         execute(body, **options)
 
 
-# ------------------------------------------------------------------------------------------ matrices
+# ----------------------------------------------------------------------------------------- matrices
 # What lies in which lane's register is written here as the PTX manual gives it, lane by lane:
 # g = lane / 4, t = lane % 4.
 
