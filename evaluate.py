@@ -382,6 +382,10 @@ def report(
     shown = evenly(n, 8)
     titles = [(coupling_label(scores.head, c), PRODUCTS[c]) for c in scores.couplings]
     note = f"{len(shown)} of the {n} images of {where}, evenly spread. {boxes}"
+    alone = metrics["couplings"].get("none", {}).get("gt_known")
+    if alone is not None and alone < metrics["baselines"]["whole_image"] + 5:
+        note += (" The class map alone is flat, its box the whole image: each patch knows the "
+                 "class, wherever it lies.")
     write_png(out / "gallery.png", draw_gallery(
         [look(shown, scores.couplings)], [titles], dataset.classes, note))
 

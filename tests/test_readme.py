@@ -249,6 +249,15 @@ def test_photographs():
             assert shown_is(cell, found["means"][head][key][coupling]), (label, key)
 
 
+def test_photographs_as_a_folder():
+    text = " ".join(README.split())
+    shown = re.search(r"LCTR reaches ([\d.]+), TS-CAM \+ RPAM ([\d.]+), TS-CAM ([\d.]+)\.", text)
+    means = RESULTS["photos_folder"]["means"]
+    for cell, head, coupling in zip(shown.groups(), ("cdm", "conv", "conv"),
+                                    ("relation", "relation", "cls")):
+        assert shown_is(cell, means[head]["gt_known"][coupling])
+
+
 def test_results_say_where_they_come_from():
     documents = README + "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
     for name, content in RESULTS.items():
