@@ -627,7 +627,7 @@ def evaluate(flags: Namespace) -> int:
         path, model, _, coupling = subject
         threshold, source = choose_threshold(subject, flags)
         print(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
-              f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}")
+              f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}", flush=True)
         if flags.images:
             return own_photographs(subject, flags, threshold)
         scores = score(model, datasets[i], batch_size=flags.batch_size, device=flags.device,

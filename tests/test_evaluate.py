@@ -514,7 +514,7 @@ def test_coupling_that_the_head_lacks(tmp_path, capsys):
 def test_classes_of_another_data_set(tmp_path, capsys):
     path = save_checkpoint(tmp_path / "best.pt", classes=("finch", "wren"))
     status, _, err = call(capsys, evaluate, "--checkpoint", path, "--limit-test", 3)
-    assert status == 1 and "its 2 classes are not the 9 of synthetic test" in err
+    assert status == 1 and "its 2 classes are not the 2 of synthetic test" in err
     assert "class 0 is 'finch' there" in err
 
 
