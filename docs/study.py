@@ -21,6 +21,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -373,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_all(flags, extra, regimes, tables)
         known = json.loads(results.read_text()) if results.exists() else {}
-        about = {"command": f"python docs/study.py {' '.join(argv)}", "commit": commit(),
+        about = {"command": f"python docs/study.py {shlex.join(argv)}", "commit": commit(),
                  "date": str(datetime.date.today()), "machine": machine(), "seeds": flags.seeds}
         for regime in regimes:
             for table in tables:
