@@ -3,6 +3,7 @@ on a CPU.
 """
 
 import os
+import signal
 
 import pytest
 from PIL import Image
@@ -10,6 +11,8 @@ from PIL import Image
 os.environ["TRITON_INTERPRET"] = "1"
 # the scripts take a GPU where there is one: not here, but for test_kernels_gpu.py's own process
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+# a shell's background job ignores Ctrl-C, and so would the scripts that it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
