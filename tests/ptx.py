@@ -244,6 +244,7 @@ class Program:
         self.copies, self.copy_groups = [], []  # cp.async: not yet committed; committed
         self.products, self.product_groups = [], []  # wgmma, likewise
         self.partial = {}  # sums of products so far, by accumulator
+        self.unordered = set()  # registers written since the last wgmma.fence
         self.barrier()
         memory.start = memory.time
 
@@ -297,6 +298,7 @@ class Program:
         if active is not None and not active.all():
             value = np.where(active, value, self.get(name, f"b{8 * size}" if size else "pred"))
         self.registers[name] = value
+        self.unordered.add(name)
 
     def floats(self, name: str, kind: str):
         value = self.get(name, kind)
@@ -355,6 +357,8 @@ def move(program, step, active):
         program.put(to, np.stack(parts, 1).view(TYPES[step.type])[:, 0], active)
     else:
         program.put(to, program.get(source, step.type), active)
+        if source.startswith("%") and source not in program.unordered:
+            program.unordered.discard(to)  # ptxas may give both names one register
 
 
 def convert(program, step, active):
@@ -690,12 +694,18 @@ class Product(NamedTuple):
     step: Instruction
     start: np.ndarray | None
     descriptors: dict[int, np.ndarray]
+    operands: tuple[np.ndarray, np.ndarray]  # A, B as they were when it began
 
 
 def warp_group(program, step, active):
-    """wgmma: D (64, N) += A (64, K) B (K, N) of each 4 warps, done when its group is waited for."""
+    """wgmma: D (64, N) += A (64, K) B (K, N) of each 4 warps, done when its group is waited for.
+
+    It reads at any time until then, so its operands must be there when it begins and may not change.
+    """
     action = step.parts[1]
-    if action == "commit_group":
+    if action == "fence":
+        program.unordered.clear()
+    elif action == "commit_group":
         program.product_groups.append(program.products)
         program.products = []
     elif action == "wait_group":
@@ -704,16 +714,26 @@ def warp_group(program, step, active):
                 finish_product(program, job)
     elif action == "mma_async":
         d, a, b, scale = step.operands[:4]
+        registers = {*d, *(a if isinstance(a, tuple) else ())}
+        if registers & program.unordered:
+            raise Fault("wgmma uses registers written since the last wgmma.fence")
         start = None if under_way(program, d) else accumulator(program, d)
         if not program.get(scale, "pred").any():
             start = np.zeros_like(accumulator(program, d))
         descriptors = {i: program.get(x, "u64").reshape(-1, 128)[:, 0]
                        for i, x in ((1, a), (2, b)) if isinstance(x, str)}
-        program.products.append(Product(step, start, descriptors))
-        for name in d:
-            program.put(name, np.full(program.threads, 0xFFFFFFFF, np.uint32))
-    elif action != "fence":
+        operands = product_operands(program, step, descriptors)
+        program.products.append(Product(step, start, descriptors, operands))
+        put_result(program, d, np.full((len(d), program.threads), 0xFFFFFFFF, np.uint32))
+    else:
         raise Fault("unknown instruction")
+
+
+def put_result(program, names, values):
+    """Registers that wgmma writes, in order with itself."""
+    for name, value in zip(names, values):
+        program.put(name, value)
+    program.unordered.difference_update(names)
 
 
 def under_way(program, names) -> bool:
@@ -729,27 +749,32 @@ def accumulator(program, names):
     return words.transpose(0, 1, 5, 2, 4, 3, 6).reshape(-1, 64, 2 * len(names))
 
 
-def finish_product(program, job):
-    step = job.step
+def product_operands(program, step, descriptors):
+    """A (groups, 64, K), B (groups, N, K) from registers, or from shared memory by descriptor."""
     _, n, k = map(int, re.fullmatch(r"m(\d+)n(\d+)k(\d+)", step.parts[4]).groups())
     kind = step.parts[6]
-    d, a, b, _, *flags = step.operands  # flags: signs of A and B, then which are transposed
+    _, a, _, _, *flags = step.operands  # flags: signs of A and B, then which are transposed
     transposed = [int(x) for x in flags[2:]]
     if flags[:2] != ["1", "1"]:
         raise Fault("unknown instruction")
     if isinstance(a, tuple):
         a = left_operand(program, a, kind).reshape(-1, 64, k)
     else:
-        a = shared_operand(program, job.descriptors[1], 64, k, kind, transposed[:1] == [1])
-    b = shared_operand(program, job.descriptors[2], n, k, kind, transposed[-1:] == [1])
+        a = shared_operand(program, descriptors[1], 64, k, kind, transposed[:1] == [1])
+    return a, shared_operand(program, descriptors[2], n, k, kind, transposed[-1:] == [1])
+
+
+def finish_product(program, job):
+    d, n = job.step.operands[0], 2 * len(job.step.operands[0])
+    operands = product_operands(program, job.step, job.descriptors)
+    if not all(map(functools.partial(np.array_equal, equal_nan=True), operands, job.operands)):
+        raise Fault(f"changed before it was waited for: an operand of {job.step.text}")
     start = program.partial[d] if job.start is None else job.start
-    program.partial[d] = product(a, b, start)
+    program.partial[d] = product(*operands, start)
     if under_way(program, d):  # a later group adds to it, so the registers stay garbage
         return
     result = program.partial[d].reshape(-1, 4, 2, 8, n // 8, 4, 2)
-    result = result.transpose(0, 1, 3, 5, 4, 2, 6).reshape(program.threads, -1)
-    for name, column in zip(d, result.T):
-        program.put(name, column)
+    put_result(program, d, result.transpose(0, 1, 3, 5, 4, 2, 6).reshape(program.threads, -1).T)
 
 
 def shared_operand(program, descriptors, rows, k, kind, transposed):
@@ -901,11 +926,16 @@ def emulated(sm: int, edit=None):
     Gives a list to which each launch appends its kernel's name."""
     from triton.runtime.interpreter import InterpretedFunction
 
+    from kernels import rpam
+
     names = []
 
     def run_launch(self, *args, grid, warmup, **kwargs):
         names.append(self.__name__)
         launch(self, args, kwargs, grid, sm, edit)
 
-    with mock.patch.object(InterpretedFunction, "run", run_launch):
+    with (
+        mock.patch.object(InterpretedFunction, "run", run_launch),
+        mock.patch.object(rpam, "_capability", lambda q: 9 if sm == 90 else 0),
+    ):
         yield names
