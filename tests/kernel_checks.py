@@ -12,11 +12,19 @@ float32 is within
 of the exact one, where magnitude is the same operation on absolute values (so that cancellation
 hides nothing) and 16 covers the few float32 operations around the sum. float16 also underflows: see
 near().
+
+The convolution sums up to millions of products of random signs, and that bound would allow any
+result. Their roundings are independent: what holds of them is the root of the sum of their squares.
+So there magnitude is |exact| + 6 * spread, six standard deviations, with spread the root of the
+same operation on squares; and a running sum's roundings grow with the root of its length.
 """
 
+import importlib
 from typing import NamedTuple
 
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kernels import reference
 
@@ -66,18 +74,31 @@ def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     return tensor.contiguous()
 
 
+def place(tensor: torch.Tensor | None, device: str) -> torch.Tensor | None:
+    """On the device, with the strides and the offset that it has here: .to() would close gaps."""
+    if tensor is None or device == "cpu":
+        return tensor
+    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def sizes_of(exact, squares):
+    """Six standard deviations of a sum of random signs."""
+    return exact.abs() + 6 * squares.sqrt()
+
+
 def check_twin(module, name, inputs, dtype, roundings, lengths, gradient_lengths, seed=0,
-               device="cpu", wanted=None, stored=(), **options):
+               device="cpu", wanted=None, stored=None, random_signs=True, **options):
     """Outputs of one function on Triton, and gradients under random upstream, against its twin's.
 
-    For functions that are sums of products: the twin at absolute values, and its gradients, are the
-    magnitudes. wanted: the inputs whose gradients are asked for, all of them if None.
+    For functions that are sums of products: the twin, and its gradients, at squares or absolute
+    values give the magnitudes. wanted: the inputs whose gradients are asked for, None: all.
     """
     given = [i for i, t in enumerate(inputs) if t is not None]
     wanted = given if wanted is None else [i for i in given if i in wanted]
 
     def run(functions, convert, upstream, **options):
-        leaves = [None if t is None else convert(t) for t in inputs]
+        leaves = [None if t is None else convert(t.detach()) for t in inputs]
         for i in wanted:
             leaves[i].requires_grad_()
         outputs = getattr(functions, name)(*leaves, **options)
@@ -89,22 +110,25 @@ def check_twin(module, name, inputs, dtype, roundings, lengths, gradient_lengths
         gradients = torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream)
         return outputs, gradients, upstream
 
-    def on_device(tensor):
-        return tensor.detach().to(device) if device != "cpu" else tensor.detach()
-
     def double(tensor):
-        return tensor.detach().cpu().double()
+        return tensor.cpu().double()
 
-    normal = random(seed + 1)
+    normal, on_device = random(seed + 1), lambda t: place(t, device)
     actual, gradients, upstream = run(module, on_device, [], backend="triton", **options)
     exact, exact_gradients, _ = run(reference, double, upstream, **options)
-    sizes, size_gradients, _ = run(reference, lambda t: double(t).abs(), upstream, **options)
+    power = 2 if random_signs else 1
+    sizes, size_gradients, _ = run(
+        reference, lambda t: double(t).abs() ** power, upstream, **options)
+
+    def compare(actual, exact, size, length, what, stored):
+        magnitude = sizes_of(exact, size) if random_signs else size
+        near(actual, exact, magnitude, dtype, roundings, length ** (1 / power), what, stored)
+
     for i, (a, e, m, length) in enumerate(zip(actual, exact, sizes, lengths, strict=True)):
-        near(a, e, m, dtype, roundings, length, f"{name}, output {i}", *stored)
-    lengths = [gradient_lengths[i] for i in wanted]
-    for i, a, e, m, length in zip(wanted, gradients, exact_gradients, size_gradients, lengths):
-        assert a.dtype == inputs[i].dtype, f"{name}: off by dtype"
-        near(a, e, m, dtype, roundings, length, f"{name}, gradient of input {i}", a.dtype)
+        compare(a, e, m, length, f"{name}, output {i}", stored)
+    for i, a, e, m in zip(wanted, gradients, exact_gradients, size_gradients, strict=True):
+        what = f"{name}, gradient of input {i}"
+        compare(a, e, m, gradient_lengths[i], what, inputs[i].dtype)
 
 
 # ------------------------------------------------------------------------------------ RPAM
@@ -119,6 +143,7 @@ class AttentionCase(NamedTuple):
     layouts: tuple[str, ...] = ("packed",) * 3  # of q, k, v; A has the first
     scale: float = 1.0  # of q: how large scores get
     shift: float = 0.0  # lowers all scores by shift^2 / sqrt(d)
+    wanted: str = "qk"  # whose gradients are asked for of class_row
     seed: int = 0
 
 
@@ -141,8 +166,8 @@ def check_attention(module, case: AttentionCase, device="cpu"):
     and its own sums.
     """
     q, k, v = attention_inputs(case)
-    on_device = [t.to(device) if device != "cpu" else t for t in (q, k, v)]
-    out, cls_attn, relation = module.attention(*on_device, relation=True, backend="triton")
+    given = (place(t, device) for t in (q, k, v))
+    out, cls_attn, relation = module.attention(*given, relation=True, backend="triton")
     exact = reference.attention(q.double(), k.double(), v.double(), relation=True)
     T, u = case.N + 1, unit(torch.float32)
     logits = (q.double().abs() @ k.double().abs().mT / case.d**0.5).amax()
@@ -166,22 +191,24 @@ def check_class_row(module, case: AttentionCase, device="cpu"):
     upstream = random(case.seed + 1)(case.B, case.N + 1)
 
     def run(attention, convert, **options):
-        q, k = (convert(t).detach().requires_grad_() for t in inputs)
+        q, k = (convert(t).detach() for t in inputs)
+        leaves = [dict(q=q, k=k)[name].requires_grad_() for name in case.wanted]
         cls_attn = attention(q, k, convert(inputs[1]), **options)[1]
         loss = (cls_attn * upstream.to(cls_attn)).sum()
-        return cls_attn, torch.autograd.grad(loss, (q, k)), (q, k)
+        return cls_attn, torch.autograd.grad(loss, leaves), (q.detach(), k.detach())
 
-    cls_attn, gradients, _ = run(module.attention, lambda t: t.to(device), backend="triton")
-    exact, exact_gradients, (q, k) = run(reference.attention, lambda t: t.cpu().double())
+    cls_attn, gradients, _ = run(module.attention, lambda t: place(t, device), backend="triton")
+    exact, exact_gradients, (q, k) = run(reference.attention, torch.Tensor.double)
     logits = (q[:, :, :1].abs() @ k.abs().mT / case.d**0.5).amax().item()
     in_units = int(2 * (case.d + 16) * logits) + case.N
     near(cls_attn, exact, exact, torch.float32, 0, in_units + case.S, "cls_attn")
-    rows = (q[:, :, :1] @ k.mT / case.d**0.5).softmax(-1)[:, :, 0].detach()  # (B, S, T)
+    rows = (q[:, :, :1] @ k.mT / case.d**0.5).softmax(-1)[:, :, 0]  # (B, S, T)
     g = 2 * upstream.abs().double().amax() * rows / case.S / case.d**0.5
-    sizes = (torch.zeros_like(q), (g[..., None] * q[:, :, :1].abs()))
-    sizes[0][:, :, 0] = (g[..., None] * k.abs()).sum(2)
-    for name, a, e, m in zip("qk", gradients, exact_gradients, sizes):
-        near(a, e, m.detach(), case.dtype, 2, 2 * in_units + case.N, f"gradient of {name}")
+    sizes = dict(q=torch.zeros_like(q), k=g[..., None] * q[:, :, :1].abs())
+    sizes["q"][:, :, 0] = (g[..., None] * k.abs()).sum(2)
+    for name, a, e in zip(case.wanted, gradients, exact_gradients):
+        length = 2 * in_units + case.N
+        near(a, e, sizes[name], case.dtype, 2, length, f"gradient of {name}")
 
 
 def check_aggregate(module, case: AttentionCase, device="cpu"):
@@ -190,7 +217,7 @@ def check_aggregate(module, case: AttentionCase, device="cpu"):
     attn = random(case.seed)(case.B, case.S, T, T).softmax(-1).to(case.dtype)
     attn = laid_out(attn, case.layouts[0])
     check_twin(module, "aggregate_attention", [attn], case.dtype, 1, (case.S, 2 * case.S * T),
-               (2 * case.S * T,), case.seed, device, stored=(torch.float32,))
+               (2 * case.S * T,), case.seed, device, stored=torch.float32, random_signs=False)
 
 
 # ------------------------------------------------------------------------------------- CDM
@@ -207,87 +234,142 @@ class ConvCase(NamedTuple):
     dtype: torch.dtype = torch.float32
     layouts: tuple[str, ...] = ("tokens", "contiguous", "contiguous", "contiguous")  # of the inputs
     bias: bool = True
+    pool: str = "gap"
+    K: int = 3  # requested classes
+    wanted: tuple[int, ...] | None = None  # the inputs whose gradients are asked for: all
     seed: int = 0
 
 
 def conv_inputs(case: ConvCase):
     """x as the token view or with a layout of its own; scores, weight, bias."""
-    B, D, C, G, h, w, k, dtype, layouts, bias, seed = case
-    normal = random(seed)
+    B, D, C, G, h, w, k, dtype, layouts = case[:9]
+    normal = random(case.seed)
     x = normal(B, h * w + 1, D).to(dtype)[:, 1:].mT.unflatten(2, (h, w))
-    bias = normal(C).to(dtype) if bias else None
+    bias = normal(C).to(dtype) if case.bias else None
     inputs = x, normal(B, G).sigmoid().to(dtype), (normal(G, C, D, k, k) / 4).to(dtype), bias
     return [t if t is None or layout == "tokens" else laid_out(t, layout)
             for t, layout in zip(inputs, layouts)]
 
 
-def check_conv(module, case: ConvCase, name: str = "dynamic_conv2d", device="cpu", wanted=None,
-               **options):
-    """The maps pass through the dtype twice: mixed kernel, output. The logits' steps are each
-    rounded to it: window sums, GEMM, product with the score, sum over g, bias; and as many back."""
+def check_conv(module, case: ConvCase, device="cpu"):
+    """The maps pass through the dtype twice: mixed kernel, output."""
+    B, D, C, G, h, w, k = case[:7]
+    gradients = (C * k * k * G, C * D * k * k * h * w, B * h * w, B * h * w)
+    check_twin(module, "dynamic_conv2d", conv_inputs(case), case.dtype, 2, (D * k * k * G,),
+               gradients, case.seed, device, case.wanted)
+
+
+def check_logits(module, case: ConvCase, device="cpu"):
+    """Each step is rounded to the dtype: window sums, GEMM, product with the score, sum over g,
+    bias; and as many back."""
     B, D, C, G, h, w, k = case[:7]
     P, taps = h * w, k * k
-    maps = name == "dynamic_conv2d"
-    roundings, length = (2, D * taps * G) if maps else (6, D * taps * G * P)
-    gradients = (C * taps * G * (1 if maps else P), C * D * taps * P, B * P, B * P)
-    check_twin(module, name, conv_inputs(case), case.dtype, roundings, (length,), gradients,
-               case.seed, device, wanted, **options)
+    check_twin(module, "dynamic_conv_logits", conv_inputs(case), case.dtype, 6,
+               (D * taps * G * P,), (C * taps * G * P, C * D * taps * P, B * P, B * P), case.seed,
+               device, case.wanted, pool=case.pool)
 
 
-def check_class_maps(module, case: ConvCase, K: int = 3, device="cpu"):
+def check_class_maps(module, case: ConvCase, device="cpu"):
     """Mixed kernel, output, and output with bias each pass through the dtype."""
     inputs = conv_inputs(case)
     generator = torch.Generator().manual_seed(case.seed)
-    classes = torch.randint(case.C, (case.B, K), generator=generator)
+    classes = torch.randint(case.C, (case.B, case.K), generator=generator)
     classes = laid_out(classes, case.layouts[1])
     double = [None if t is None else t.double() for t in inputs]
     exact = reference.class_maps(*double, classes)
-    sizes = reference.class_maps(*[None if t is None else t.abs() for t in double], classes)
-    given = [t if t is None or device == "cpu" else t.to(device) for t in (*inputs, classes)]
-    maps = module.class_maps(*given, backend="triton")
-    near(maps, exact, sizes, case.dtype, 3, case.D * case.G * case.k**2, "class_maps")
+    squares = reference.class_maps(*[None if t is None else t**2 for t in double], classes)
+    maps = module.class_maps(*(place(t, device) for t in (*inputs, classes)), backend="triton")
+    length = (case.D * case.G * case.k**2) ** 0.5
+    near(maps, exact, sizes_of(exact, squares), case.dtype, 3, length, "class_maps")
 
 
-# name: check of (module, device), for the compiled kernels on a GPU and whatever else runs them
-CHECKS = {
-    f"{name}, {str(dtype).removeprefix('torch.')}": (check, dtype)
-    for dtype in DTYPES
-    for name, check in {
-        "attention, one pass": lambda m, t, d: check_attention(m, AttentionCase(dtype=t), d),
-        "attention, two passes": lambda m, t, d: check_attention(
-            m, AttentionCase(1, 2, 300, 64, dtype=t), d),
-        "attention at DeiT-S's shape": lambda m, t, d: check_attention(
-            m, AttentionCase(2, 6, 196, 64, dtype=t), d),
-        "attention, the widest head": lambda m, t, d: check_attention(
-            m, AttentionCase(1, 2, 40, 128, dtype=t), d),
-        "attention, large scores": lambda m, t, d: check_attention(
-            m, AttentionCase(scale=12.0, dtype=t), d),
-        "attention, all scores low": lambda m, t, d: check_attention(
-            m, AttentionCase(1, 2, 300, 8, shift=20.0, dtype=t), d),
-        "class_row": lambda m, t, d: check_class_row(m, AttentionCase(dtype=t), d),
-        "aggregate": lambda m, t, d: check_aggregate(m, AttentionCase(2, 6, 196, dtype=t), d),
-        "conv": lambda m, t, d: check_conv(m, ConvCase(D=37, C=70, G=5, dtype=t), device=d),
-        "conv, 1 x 1": lambda m, t, d: check_conv(m, ConvCase(k=1, dtype=t), device=d),
-        "logits": lambda m, t, d: check_conv(
-            m, ConvCase(dtype=t), "dynamic_conv_logits", device=d),
-        "padded logits": lambda m, t, d: check_conv(
-            m, ConvCase(dtype=t), "dynamic_conv_logits", device=d, pool="padded"),
-        "class_maps": lambda m, t, d: check_class_maps(m, ConvCase(C=70, dtype=t), 9, d),
-    }.items()
+def check_class_ids(module, case: ConvCase, device="cpu"):
+    """Ids outside 0 .. C-1, half of all, give NaN; the others what they give without them.
+
+    Asked of the operator inside, for class_maps refuses such ids in CPU memory.
+    """
+    x, scores, weight, _ = (place(t, device) for t in conv_inputs(case))
+    generator = torch.Generator().manual_seed(case.seed)
+    known = torch.randint(case.C, (case.B, case.K), generator=generator)
+    unknown = torch.tensor([-1, case.C, 2**31 - 1, -(2**31), 2**32, -(2**40)])
+    drawn = unknown[torch.randint(len(unknown), known.shape, generator=generator)]
+    is_known = torch.rand(known.shape, generator=generator) < 0.5
+    mixed = laid_out(known.where(is_known, drawn), case.layouts[1])
+    operator = importlib.import_module(f"{module.__name__}.cdm").class_products
+    alone, found = (operator(x, scores, weight, place(ids, device)).cpu().unflatten(1, (case.K, -1))
+                    for ids in (known, mixed))  # (B, K, k*k, h*w)
+    assert found[~is_known].isnan().all(), "class_products: off by an unknown class"
+    assert torch.equal(found[is_known], alone[is_known]), "class_products: off by its neighbours"
+
+
+# ------------------------------------------------------------------------------------- properties
+
+ATTENTION = st.builds(
+    AttentionCase,
+    B=st.sampled_from([1, 2]), S=st.sampled_from([1, 2, 3, 5]),
+    N=st.sampled_from([1, 2, 13, 31, 33, 64, 65, 67, 127, 255, 256]),
+    d=st.sampled_from([8, 16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(*[st.sampled_from(["packed", *LAYOUTS])] * 3),
+    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]),
+    wanted=st.sampled_from(["qk", "q", "k"]), seed=st.integers(0, 2**20),
+)
+CONVOLUTION = st.builds(
+    ConvCase,
+    B=st.sampled_from([1, 2]), D=st.sampled_from([1, 5, 33, 66]), C=st.sampled_from([1, 3, 21, 65]),
+    G=st.sampled_from([1, 2, 3, 4, 5, 9]), h=st.sampled_from([1, 2, 7]),
+    w=st.sampled_from([1, 3, 5, 19]), k=st.sampled_from([1, 3]), dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(st.sampled_from(["tokens", *LAYOUTS]), *[st.sampled_from(LAYOUTS)] * 3),
+    bias=st.booleans(), pool=st.sampled_from(["gap", "padded"]), K=st.sampled_from([1, 2, 5, 9]),
+    wanted=st.none() | st.sets(st.integers(0, 3), min_size=1).map(tuple),
+    seed=st.integers(0, 2**20),
+)
+PROPERTIES = {
+    "attention": (ATTENTION, check_attention),
+    "class row": (ATTENTION, check_class_row),
+    "aggregate": (ATTENTION, check_aggregate),
+    "conv": (CONVOLUTION, check_conv),
+    "logits": (CONVOLUTION, check_logits),
+    "class maps": (CONVOLUTION, check_class_maps),
+    "class ids": (CONVOLUTION, check_class_ids),
 }
+DEIT_SMALL = (AttentionCase(B=2, S=6, N=196, d=64), ConvCase(B=2, D=384, C=200, G=4, h=14, w=14))
 
 
-def main() -> None:
-    """Every check on compiled kernels, on the first GPU: a line each, "ok" or what is wrong."""
+def hold(name: str, run, examples: int, keep=lambda case: True) -> None:
+    """run(check, case) for drawn cases of a property that `keep` keeps."""
+    cases, check = PROPERTIES[name]
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(cases.filter(keep))
+    def drawn(case):
+        run(check, case)
+
+    drawn()
+
+
+NAMES = [f"{name}, {dtype}" for name in PROPERTIES for dtype in ("float32", "float16", "bfloat16")]
+
+
+def main(device: str = "cuda", examples: int = 50) -> None:
+    """Every property on compiled kernels, on the first GPU: a line each, "ok" or what is wrong."""
     import kernels
 
-    for name, (check, dtype) in CHECKS.items():
+    for line in NAMES:
+        name, dtype = line.split(", ")
+
+        def run(check, case):
+            check(kernels, case._replace(dtype=getattr(torch, dtype)), device)
+
         try:
-            check(kernels, dtype, "cuda")
-            print(f"{name}: ok", flush=True)
-        except Exception as error:  # the next check may still tell something
+            cases, check = PROPERTIES[name]
+            if device == "cuda":
+                run(check, DEIT_SMALL[cases is CONVOLUTION])
+            hold(name, run, examples)
+            print(f"{line}: ok", flush=True)
+        except Exception as error:  # the next property may still tell something
             message = str(error).strip() or type(error).__name__
-            print(f"{name}: {message.splitlines()[0]}", flush=True)
+            print(f"{line}: {message.splitlines()[0]}", flush=True)
 
 
 if __name__ == "__main__":

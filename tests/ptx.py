@@ -13,11 +13,12 @@ An execution ends with a Fault that names the instruction, where
   - two warps touch a byte with no barrier between them, and one of them changes it;
   - two programs touch a byte, and one of them writes it;
   - two lanes of one store give different bits to one byte;
-  - wgmma reads shared memory that was stored and not fenced for it;
+  - wgmma reads shared memory that was stored and not fenced for it, or registers that were touched
+    since the last wgmma.fence;
   - threads of one program would branch differently, or the instruction is unknown.
-What is asynchronous happens as late as its wait allows: cp.async reads and writes at the wait,
-where garbage stands before; so does wgmma, whose results are garbage until then. Shared memory and
-registers start as garbage (all bits set: NaN).
+What is asynchronous happens as late as its wait allows: cp.async at its wait, and what it writes
+may not be touched before; wgmma likewise, its results are garbage until then, and its operands may
+not change. Shared memory and registers start as garbage (all bits set: NaN).
 
 Not modelled: weak memory order (what one thread writes, all see at once; lanes of a warp never
 drift apart); the machine code that ptxas makes of PTX; registers, spills and time. Approximate
@@ -164,7 +165,8 @@ class Region:
         self.write_time, self.write_warp = np.zeros(size, np.int32), np.zeros(size, np.int8)
         self.read_time, self.readers = np.zeros(size, np.int32), np.zeros(size, np.uint32)
         self.first_read = np.zeros(size, np.int32)
-        self.unfenced = np.zeros(size, bool)
+        self.unfenced = np.zeros(size, bool)  # stored, and not yet fenced for wgmma
+        self.pending = np.zeros(size, np.int16)  # copies under way to it
 
 
 class Memory:
@@ -187,6 +189,8 @@ class Memory:
                 continue
             left &= ~here
             index = offset[here, None] + np.arange(size)
+            if region.pending[index].any():
+                raise Fault(f"{self.name} memory is touched before its copy was waited for")
             warp = np.broadcast_to(warps[here, None], index.shape)
             if data is None:
                 self.note_read(region, index, warp)
@@ -244,7 +248,8 @@ class Program:
         self.copies, self.copy_groups = [], []  # cp.async: not yet committed; committed
         self.products, self.product_groups = [], []  # wgmma, likewise
         self.partial = {}  # sums of products so far, by accumulator
-        self.unordered = set()  # registers written since the last wgmma.fence
+        # registers touched since the last wgmma.fence; "": nothing is ordered before the first one
+        self.unordered = {""}
         self.barrier()
         memory.start = memory.time
 
@@ -254,6 +259,7 @@ class Program:
 
     def get(self, name: str, kind: str):
         """An operand as numbers of a type: a register, a special register or a constant."""
+        self.unordered.add(name)
         value = self.registers.get(name)
         if value is None:
             return self.constant(name, kind)
@@ -356,9 +362,10 @@ def move(program, step, active):
         parts = [program.get(name, f"b{8 * size}") for name in source]
         program.put(to, np.stack(parts, 1).view(TYPES[step.type])[:, 0], active)
     else:
+        ordered = source.startswith("%") and source not in program.unordered
         program.put(to, program.get(source, step.type), active)
-        if source.startswith("%") and source not in program.unordered:
-            program.unordered.discard(to)  # ptxas may give both names one register
+        if ordered:  # ptxas may give both names one register
+            program.unordered -= {to, source}
 
 
 def convert(program, step, active):
@@ -575,12 +582,14 @@ def copy_async(program, step, active):
         count = program.get(step.operands[3] if len(step.operands) > 3 else str(size), "u32")
         garbage = np.full((program.threads, size), 0xFF, np.uint8)
         program.shared.access(to, size, active, program.warp, garbage)
+        np.add.at(program.shared.regions[0].pending, to[active, None] + np.arange(size), 1)
         program.copies.append((to, source, size, count, active))
     else:
         raise Fault("unknown instruction")
 
 
 def finish_copy(program, to, source, size, count, active):
+    np.add.at(program.shared.regions[0].pending, to[active, None] + np.arange(size), -1)
     data = np.zeros((program.threads, size), np.uint8)
     for bytes_read in set(count[active].tolist()) - {0}:
         some = active & (count == bytes_read)
@@ -714,9 +723,9 @@ def warp_group(program, step, active):
                 finish_product(program, job)
     elif action == "mma_async":
         d, a, b, scale = step.operands[:4]
-        registers = {*d, *(a if isinstance(a, tuple) else ())}
+        registers = {"", *d, *(a if isinstance(a, tuple) else ())}
         if registers & program.unordered:
-            raise Fault("wgmma uses registers written since the last wgmma.fence")
+            raise Fault("wgmma uses registers touched since the last wgmma.fence")
         start = None if under_way(program, d) else accumulator(program, d)
         if not program.get(scale, "pred").any():
             start = np.zeros_like(accumulator(program, d))
@@ -758,7 +767,8 @@ def product_operands(program, step, descriptors):
     if flags[:2] != ["1", "1"]:
         raise Fault("unknown instruction")
     if isinstance(a, tuple):
-        a = left_operand(program, a, kind).reshape(-1, 64, k)
+        registers, a = a, left_operand(program, a, kind).reshape(-1, 64, k)
+        program.unordered.difference_update(registers)  # which only wgmma itself has touched
     else:
         a = shared_operand(program, descriptors[1], 64, k, kind, transposed[:1] == [1])
     return a, shared_operand(program, descriptors[2], n, k, kind, transposed[-1:] == [1])

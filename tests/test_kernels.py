@@ -10,42 +10,25 @@ import sys
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 pytest.importorskip("triton")
 
 import kernels
 from kernel_checks import (
-    DTYPES, LAYOUTS, AttentionCase, ConvCase, attention_inputs, check_aggregate, check_attention,
-    check_class_maps, check_class_row, check_conv, conv_inputs, near, random, unit,
+    DTYPES, PROPERTIES, AttentionCase, ConvCase, attention_inputs, check_aggregate, check_attention,
+    check_class_maps, check_conv, check_logits, conv_inputs, hold, near, random, unit,
 )
 from kernels import reference
 
 torch.set_num_threads(2)
 
-interpreted = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None,
-    suppress_health_check=list(HealthCheck),
-)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_kernels_equal_their_twins(name, dtype):
+    hold(name, lambda check, case: check(kernels, case._replace(dtype=dtype)), examples=12)
+
 
 # ------------------------------------------------------------------------------------ RPAM
-
-ATTENTION_CASES = st.builds(
-    AttentionCase,
-    B=st.sampled_from([1, 2]), S=st.sampled_from([1, 2, 3, 5]),
-    N=st.sampled_from([1, 2, 13, 31, 33, 64, 65, 67, 127, 255, 256]),
-    d=st.sampled_from([8, 16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
-    layouts=st.tuples(*[st.sampled_from(["packed", *LAYOUTS])] * 3),
-    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]),
-    seed=st.integers(0, 2**20),
-)
-
-
-@interpreted
-@given(ATTENTION_CASES)
-def test_attention_equals_its_twin(case):
-    check_attention(kernels, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -55,18 +38,6 @@ def test_attention_at_deit_shape(dtype):
 
 def test_attention_with_the_widest_head():
     check_attention(kernels, AttentionCase(B=1, S=1, N=40, d=128))
-
-
-@interpreted
-@given(ATTENTION_CASES)
-def test_class_row_equals_its_twin(case):
-    check_class_row(kernels, case)
-
-
-@interpreted
-@given(ATTENTION_CASES)
-def test_aggregate_equals_its_twin(case):
-    check_aggregate(kernels, case)
 
 
 def test_aggregate_at_deit_shape():
@@ -103,37 +74,10 @@ def test_patches_permuted_permute_the_maps():
 
 # ------------------------------------------------------------------------------------- CDM
 
-CONV_CASES = st.builds(
-    ConvCase,
-    B=st.sampled_from([1, 2]), D=st.sampled_from([1, 5, 33, 66]), C=st.sampled_from([1, 3, 21, 65]),
-    G=st.sampled_from([1, 2, 3, 4, 5, 9]), h=st.sampled_from([1, 2, 7]),
-    w=st.sampled_from([1, 3, 5, 19]), k=st.sampled_from([1, 3]), dtype=st.sampled_from(DTYPES),
-    bias=st.booleans(), seed=st.integers(0, 2**20),
-    layouts=st.tuples(st.sampled_from(["tokens", *LAYOUTS]), *[st.sampled_from(LAYOUTS)] * 3),
-)
-
-
-@interpreted
-@given(CONV_CASES)
-def test_conv_equals_its_twin(case):
-    check_conv(kernels, case)
-
-
-@interpreted
-@given(CONV_CASES, st.sampled_from(["gap", "padded"]))
-def test_logits_equal_their_twin(case, pool):
-    check_conv(kernels, case, "dynamic_conv_logits", pool=pool)
-
-
-@interpreted
-@given(CONV_CASES, st.sampled_from([1, 2, 5, 9]))
-def test_class_maps_equal_their_twin(case, K):
-    check_class_maps(kernels, case, K)
-
 
 def test_logits_and_class_maps_at_deit_shape():
     case = ConvCase(B=2, D=384, C=200, G=4, h=14, w=14, dtype=torch.bfloat16)
-    check_conv(kernels, case, "dynamic_conv_logits")
+    check_logits(kernels, case)
     check_class_maps(kernels, case)
 
 
@@ -352,7 +296,8 @@ def test_kernels_come_without_triton_until_they_run():
 ])
 @pytest.mark.parametrize("name", ["dynamic_conv2d", "dynamic_conv_logits"])
 def test_any_of_the_gradients(name, wanted):
-    check_conv(kernels, ConvCase(D=9, C=7), name, wanted=wanted)
+    check = check_conv if name == "dynamic_conv2d" else check_logits
+    check(kernels, ConvCase(D=9, C=7, wanted=wanted))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

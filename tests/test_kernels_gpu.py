@@ -1,4 +1,4 @@
-"""The same checks as test_kernels.py, on compiled kernels: needs a GPU, else skipped.
+"""The same properties as in test_kernels.py, on compiled kernels: needs a GPU, else skipped.
 
 The other tests choose Triton's interpreter before triton is imported, so these run in a process of
 their own.
@@ -36,6 +36,6 @@ def found() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in ended.stdout.splitlines())
 
 
-@pytest.mark.parametrize("name", list(kernel_checks.CHECKS))
+@pytest.mark.parametrize("name", kernel_checks.NAMES)
 def test_compiled_kernel(name, found):
     assert found[name] == "ok"

@@ -19,7 +19,7 @@ from triton.runtime.errors import InterpreterError
 import kernels
 from kernel_checks import (
     AttentionCase, ConvCase, check_aggregate, check_attention, check_class_maps, check_class_row,
-    check_conv,
+    check_conv, check_logits,
 )
 from kernels.meter import measure
 
@@ -56,15 +56,15 @@ def conv(module):
 
 
 def logits(module):
-    check_conv(module, CONV, "dynamic_conv_logits")
+    check_logits(module, CONV)
 
 
 def padded_logits(module):
-    check_conv(module, CONV, "dynamic_conv_logits", pool="padded")
+    check_logits(module, CONV._replace(pool="padded"))
 
 
 def class_maps(module):
-    check_class_maps(module, CONV._replace(layouts=("tokens",) + ("sliced",) * 3), K=9)
+    check_class_maps(module, CONV._replace(layouts=("tokens",) + ("sliced",) * 3, K=9))
 
 
 CHECKS = (two_passes, one_pass, low_scores, contiguous_v, class_row, aggregate, conv, logits,
