@@ -67,7 +67,7 @@ class Case(NamedTuple):
         outputs = [outputs] if isinstance(outputs, Tensor) else outputs
         outputs = [o for o in outputs if o is not None]
         leaves, ones = [t for t in self.inputs if t.requires_grad], map(torch.ones_like, outputs)
-        return torch.autograd.grad(outputs, leaves, list(ones), retain_graph=True)
+        return torch.autograd.grad(outputs, leaves, list(ones))
 
 
 def cases(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Case]:
@@ -374,16 +374,13 @@ TIMED = (
 SHORT = 1.0  # milliseconds: a shorter call is timed in a CUDA graph, else Python would be timed
 
 
-def times(timed: tuple = TIMED) -> list[dict]:
+def times() -> list[dict]:
     """A row per function, direction and shape: milliseconds on Triton, torch, torch.compile.
 
     Also GB/s and the share of the roofline: its floor is the longer of least bytes / copy bandwidth
     and least operations / matmul rate, both measured here on the same device.
     """
-    from torch._functorch import config
-
-    config.donated_buffer = False  # else compiled backward passes cannot run again
-    return [row for shape, dtype in timed for row in times_at(shape, dtype)]
+    return [row for shape, dtype in TIMED for row in times_at(shape, dtype)]
 
 
 def milliseconds(function: Callable) -> float:
@@ -393,37 +390,39 @@ def milliseconds(function: Callable) -> float:
     return do_bench_cudagraph(function) if eager < SHORT else eager
 
 
-def times_at(shape: Shape, dtype: torch.dtype) -> Iterator[dict]:
-    source, target = (torch.empty(1 << 28, dtype=torch.uint8, device="cuda") for _ in range(2))
+def times_at(shape: Shape, dtype: torch.dtype, device: str = "cuda") -> Iterator[dict]:
+    source, target = (torch.empty(1 << 28, dtype=torch.uint8, device=device) for _ in range(2))
     bandwidth = 2e3 * source.nbytes / milliseconds(lambda: target.copy_(source))  # bytes/s
-    matrix = torch.randn(8192, 8192, dtype=dtype, device="cuda")
+    matrix = torch.empty(8192, 8192, dtype=dtype, device=device).normal_()
     rate = 2e3 * 8192**3 / milliseconds(lambda: matrix @ matrix)  # operations/s
     print(f"{torch.cuda.get_device_name()}, {dtype}: copies at {bandwidth / 1e9:.0f} GB/s, "
           f"matmul at {rate / 1e12:.0f} TFLOP/s", flush=True)
 
     least, operations = least_bytes(shape, dtype.itemsize), least_operations(shape)
-    for name, case in cases(shape, dtype, "cuda").items():
+    for name, case in cases(shape, dtype, device).items():
         torch.compiler.reset()  # what was compiled before counts towards the recompilation limit
         compiled_torch = torch.compile(case.forward, fullgraph=True, dynamic=False)
-        runs = {
+        forward = {
             "triton": lambda: case.forward("triton"),
             "torch": lambda: case.forward("torch"),
             "compile": lambda: compiled_torch("torch"),
         }
-        directions = {"forward": runs}
-        if "backward" in case.kernels:
-            directions["backward"] = {
-                backend: functools.partial(case.gradient, run()) for backend, run in runs.items()
+        measured = {"forward": forward}
+        if "backward" in case.kernels:  # with its forward pass, as one CUDA graph can hold them
+            measured["forward + backward"] = {
+                backend: lambda run=run: case.gradient(run()) for backend, run in forward.items()
             }
-        for direction, functions in directions.items():
-            measured = {backend: milliseconds(function) for backend, function in functions.items()}
-            moved = sum(sum(least[kernel].values()) for kernel in case.kernels[direction])
-            seconds = measured["triton"] * 1e-3
-            floor = max(moved / bandwidth, operations[name, direction] / rate)
+        for direction, functions in measured.items():
+            found = {backend: milliseconds(function) for backend, function in functions.items()}
+            parts = direction.split(" + ")
+            moved = sum(sum(least[kernel].values()) for part in parts
+                        for kernel in case.kernels[part])
+            seconds = found["triton"] * 1e-3
+            floor = max(moved / bandwidth, sum(operations[name, part] for part in parts) / rate)
             yield {
                 "function": name, "direction": direction,
                 "dtype": str(dtype).removeprefix("torch."), "B": shape.B, "N": shape.h * shape.w,
-                **{f"{backend}_ms": value for backend, value in measured.items()},
+                **{f"{backend}_ms": value for backend, value in found.items()},
                 "gb_per_s": moved / seconds / 1e9, "roofline": floor / seconds,
             }
 

@@ -10,8 +10,10 @@ import sys
 
 import pytest
 import torch
+
 pytest.importorskip("triton")
 
+import kernel_checks
 import kernels
 from kernel_checks import (
     DTYPES, PROPERTIES, AttentionCase, ConvCase, attention_inputs, check_aggregate, check_attention,
@@ -26,6 +28,17 @@ torch.set_num_threads(2)
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_kernels_equal_their_twins(name, dtype):
     hold(name, lambda check, case: check(kernels, case._replace(dtype=dtype)), examples=12)
+
+
+def test_what_a_gpu_runs(capsys):
+    """test_kernels_gpu.py's process, on a CPU: a line for each property, its inputs' strides kept."""
+    kernel_checks.main("cpu:0", examples=1)
+    assert capsys.readouterr().out.splitlines() == [f"{name}: ok" for name in kernel_checks.NAMES]
+    for layout in kernel_checks.LAYOUTS:
+        tensor = kernel_checks.laid_out(torch.rand(2, 3, 4, 5)[:, 1:], layout)
+        placed = kernel_checks.place(tensor, "meta")
+        assert placed.device.type == "meta" and placed.shape == tensor.shape
+        assert placed.stride() == tensor.stride(), layout
 
 
 # ------------------------------------------------------------------------------------ RPAM

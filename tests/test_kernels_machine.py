@@ -232,6 +232,47 @@ def test_most_bytes_move_sixteen_at_a_time(compiled):
             assert row["load_bytes"] == 16, row
 
 
+def test_times_table(monkeypatch):
+    """What the first GPU runs, on a CPU: every call once, and what its rows are made of."""
+    def once(function):
+        calls.append(function)
+        if len(calls) > 2:  # not the copy and the product that scale the roofline: large
+            function()
+        return len(calls)  # milliseconds
+
+    calls = []
+    monkeypatch.setattr(benchmark, "milliseconds", once)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
+    shape = Shape(B=1, S=1, d=16, h=2, w=3, D=16, C=3, G=2)
+    rows = list(benchmark.times_at(shape, torch.bfloat16, "cpu"))
+    assert len(calls) == 2 + 3 * len(rows)
+    cases = benchmark.cases(shape, torch.bfloat16)
+    directions = [(name, direction) for name, case in cases.items()
+                  for direction in ("forward", "forward + backward")[:len(case.kernels)]]
+    assert [(row["function"], row["direction"]) for row in rows] == directions
+    least, operations = benchmark.least_bytes(shape, 2), benchmark.least_operations(shape)
+    for i, row in enumerate(rows):
+        times = [row[f"{backend}_ms"] for backend in ("triton", "torch", "compile")]
+        assert times == [3 * i + 3, 3 * i + 4, 3 * i + 5]
+        parts = row["direction"].split(" + ")
+        moved = sum(sum(least[kernel].values()) for part in parts
+                    for kernel in cases[row["function"]].kernels[part])
+        work = sum(operations[row["function"], part] for part in parts)
+        floor = max(moved / (2 * 2**28), 2 * work / (2 * 8192**3))  # ms: copies took 1, matmul 2
+        assert row["gb_per_s"] == pytest.approx(moved / times[0] / 1e6)
+        assert row["roofline"] == pytest.approx(floor / times[0])
+
+
+@pytest.mark.parametrize("eager", [0.1, 5.0])
+def test_short_calls_are_timed_in_a_cuda_graph(eager, monkeypatch):
+    import triton.testing
+
+    monkeypatch.setattr(triton.testing, "do_bench", lambda function: eager)
+    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", lambda function: 0.01)
+    assert benchmark.milliseconds(lambda: None) == (0.01 if eager < 1 else eager)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_benchmark_says_what_it_lacks():
     process = start()

@@ -144,13 +144,14 @@ def right_words(b, kind):
     return words(torch.stack(lanes))
 
 
-def result_matrix(found, rows=16):
-    """D (rows, 8) from the registers d0 .. d3 of each lane; a warp has 16 rows."""
-    d = np.full((rows, 8), np.nan, np.float32)
-    for lane, registers in enumerate(found.view(np.float32).reshape(-1, 4)):
+def result_matrix(found, rows=16, columns=8):
+    """D from the registers of each lane, 4 for each 8 columns; a warp has 16 rows."""
+    d = np.full((rows, columns), np.nan, np.float32)
+    for lane, registers in enumerate(found.view(np.float32).reshape(-1, columns // 2)):
         warp, (g, t) = lane // 32, divmod(lane % 32, 4)
         for i, value in enumerate(registers):
-            d[16 * warp + g + 8 * (i // 2), 2 * t + i % 2] = value
+            tile, i = divmod(i, 4)
+            d[16 * warp + g + 8 * (i // 2), 8 * tile + 2 * t + i % 2] = value
     return d
 
 
@@ -222,3 +223,96 @@ def test_wgmma_is_done_when_it_is_waited_for():
 def test_wgmma_of_what_was_just_stored(line, words):
     with pytest.raises(ptx.Fault, match=words):
         wgmma(WGMMA.replace(line, ""))
+
+
+@pytest.mark.parametrize("line", ["wgmma.fence.sync.aligned;", "mov.b32 %f2, %f1;"])
+def test_wgmma_of_registers_that_were_not_fenced(line):
+    """No fence; a register written behind the fence."""
+    moved = "" if line.startswith("wgmma") else line + " add.f32 %f2, %f2, 0f00000000;"
+    body = WGMMA.replace("wgmma.fence.sync.aligned;", "") if not moved else WGMMA.replace(
+        "wgmma.mma_async", moved + " wgmma.mma_async")
+    with pytest.raises(ptx.Fault, match="since the last wgmma.fence"):
+        wgmma(body)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("mov.b32 %r10, 0;", "changed before it was waited for"),
+    ("@%p1 st.shared.b32 [%r15], 0;", "race|changed before it was waited for"),
+])
+def test_what_wgmma_reads_may_not_change_before_it_is_done(line, words):
+    with pytest.raises(ptx.Fault, match=words):
+        wgmma(WGMMA.replace("wgmma.wait_group", line + " wgmma.wait_group"))
+
+
+def shared_image(memory, matrix, start, width, leading, stride, along_k):
+    """Lays a matrix (rows, K) into bytes as a descriptor of these four numbers has it.
+
+    along_k: 8 rows of `width` bytes of k each, 8 rows further after `stride` bytes. Else each k
+    has `width` bytes of rows, k + 8 follows after `stride`, the rows beyond `width` after
+    `leading`. Then the 16-byte pieces of each `width` are permuted by the number of the 128 bytes
+    that they lie in.
+    """
+    size = matrix.element_size()
+    values = matrix.view(torch.uint8).numpy().reshape(*matrix.shape, size)
+    for row, k in np.ndindex(*matrix.shape):
+        if along_k:
+            place = start + row // 8 * stride + row % 8 * width + k * size
+        else:
+            beyond, within = divmod(row * size, width)
+            place = start + beyond * leading + k // 8 * stride + k % 8 * width + within
+        line, byte = divmod(place, 128)
+        piece, byte = divmod(byte, 16)
+        piece ^= line % (width // 16)
+        memory[128 * line + 16 * piece + byte :][:size] = values[row, k]
+
+
+def packed_descriptor(start, width, leading, stride):
+    kind = {128: 1, 64: 2, 32: 3}[width]
+    bits = start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | kind << 62
+    return bits - 2**64 if bits >= 2**63 else bits
+
+
+@pytest.mark.parametrize("kind, columns, left, right", [
+    # (start, width, leading, stride, along k) of A, None: in registers; and of B
+    ("f16", 24, None, (1024, 32, 16, 256, True)),
+    ("bf16", 24, (0, 128, 16, 1024, True), (8192 + 32, 128, 16, 1024, True)),  # k = 16 .. 31 of B
+    ("f16", 16, (0, 64, 16, 512, True), (4096, 32, 16, 256, False)),
+    ("bf16", 64, (0, 128, 16, 1024, False), (8192, 64, 512, 1024, False)),
+    ("bf16", 128, None, (0, 128, 2048, 1024, False)),
+    ("tf32", 40, None, (0, 32, 16, 256, True)),
+    ("tf32", 8, (0, 64, 16, 512, True), (8192, 128, 16, 1024, True)),
+])
+def test_wgmma_of_several_tiles(kind, columns, left, right):
+    """D (64, columns) = A B, from registers and from shared memory in each of its layouts."""
+    generator, K = torch.Generator().manual_seed(2), 8 if kind == "tf32" else 16
+    a, b = (torch.randn(n, K, generator=generator) for n in (64, columns))
+    a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) if kind == "tf32"
+            else x.to(KINDS[kind]) for x in (a, b))
+    memory = np.zeros(16384, np.uint8)
+    shared_image(memory, b, *right)
+    d = ", ".join(f"%f{i}" for i in range(columns // 2))
+    if left:
+        shared_image(memory, a, *left)
+        source, inputs = "%rd9", [torch.zeros(128, 4, dtype=torch.int32)]
+    else:
+        source = "{%r10, %r11, %r12, %r13}"
+        inputs = [torch.cat([left_words(a[16 * warp:][:16], kind) for warp in range(4)])]
+    transposed = [str(int(not layout[4])) for layout in (left, right) if layout]
+    stores = " ".join(f"st.global.b32 [%rd7+{4 * i}], %f{i};" for i in range(columns // 2))
+    body = (
+        LOAD_A + "ld.param.b64 %rd5, [k_param_2]; mad.wide.u32 %rd6, %r1, 128, %rd5; "
+        "mul.lo.u32 %r14, %r1, 128; "
+        + " ".join(f"ld.global.b32 %r15, [%rd6+{i}]; st.shared.b32 [%r14+{i}], %r15;"
+                   for i in range(0, 128, 4))
+        + "fence.proxy.async.shared::cta; bar.sync 0; "
+        "ld.param.b64 %rd8, [k_param_3]; ld.param.b64 %rd9, [k_param_4]; setp.ne.u32 %p2, 0, 0; "
+        "wgmma.fence.sync.aligned; "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k{K}.f32.{kind}.{kind} {{{d}}}, {source}, "
+        f"%rd8, %p2, 1, 1{', '.join(['', *transposed]) if kind != 'tf32' else ''}; "
+        "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; "
+        f"mad.wide.u32 %rd7, %r1, {2 * columns}, %rd1; " + stores)
+    descriptors = [packed_descriptor(*layout[:4]) if layout else 0 for layout in (right, left)]
+    found = execute(body, 4, 16384, inputs=[*inputs, torch.from_numpy(memory), *descriptors],
+                    words=columns // 2)
+    expected = (a.double() @ b.double().T).numpy()
+    np.testing.assert_allclose(result_matrix(found, 64, columns), expected, rtol=1e-5, atol=1e-5)
