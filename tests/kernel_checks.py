@@ -364,7 +364,7 @@ def main(device: str = "cuda", examples: int = 50) -> None:
         try:
             cases, check = PROPERTIES[name]
             if device == "cuda":
-                run(check, DEIT_SMALL[cases is CONVOLUTION])
+                run(check, DEIT_SMALL[cases is not ATTENTION])
             hold(name, run, examples)
             print(f"{line}: ok", flush=True)
         except Exception as error:  # the next property may still tell something

@@ -157,12 +157,13 @@ class Region:
     """Bytes from address `low` on, and for each byte who touched it last.
 
     A time is the number of a stretch between barriers, counted on over all programs of a launch.
+    Who: a bit for each warp.
     """
 
     def __init__(self, low: int, data: np.ndarray):
         self.low, self.data = low, data
         size = len(data)
-        self.write_time, self.write_warp = np.zeros(size, np.int32), np.zeros(size, np.int8)
+        self.write_time, self.writer = np.zeros(size, np.int32), np.zeros(size, np.uint32)
         self.read_time, self.readers = np.zeros(size, np.int32), np.zeros(size, np.uint32)
         self.first_read = np.zeros(size, np.int32)
         self.unfenced = np.zeros(size, bool)  # stored, and not yet fenced for wgmma
@@ -176,7 +177,7 @@ class Memory:
         self.name, self.regions = name, regions
         self.time = self.start = 0  # now, and when the running program began
 
-    def access(self, addresses, size, active, warps, data=None):
+    def access(self, addresses, size, active, who, data=None):
         """Loads (n, size) bytes, or stores them: `data`. Threads that are not active load zeros."""
         addresses = addresses.astype(np.int64)
         if (addresses[active] % size).any():
@@ -191,40 +192,39 @@ class Memory:
             index = offset[here, None] + np.arange(size)
             if region.pending[index].any():
                 raise Fault(f"{self.name} memory is touched before its copy was waited for")
-            warp = np.broadcast_to(warps[here, None], index.shape)
+            bits = np.broadcast_to(who[here, None], index.shape)
             if data is None:
-                self.note_read(region, index, warp)
+                self.note_read(region, index, bits)
                 out[here] = region.data[index]
             else:
-                self.note_write(region, index, warp, data[here])
+                self.note_write(region, index, bits, data[here])
                 region.data[index] = data[here]
         if left.any():
             raise Fault(f"{self.name} access out of bounds at {addresses[left][0]:#x}")
         return out
 
-    def note_read(self, region, index, warp):
+    def note_read(self, region, index, bits):
         written = region.write_time[index]
         foreign = (written > 0) & (written < self.start)
-        if (foreign | (written == self.time) & (region.write_warp[index] != warp)).any():
+        if (foreign | (written == self.time) & (region.writer[index] != bits)).any():
             raise Fault(f"race in {self.name} memory: read while another writes")
         region.readers[index[region.read_time[index] != self.time]] = 0
-        np.bitwise_or.at(region.readers, index, np.uint32(1) << warp.astype(np.uint32))
+        np.bitwise_or.at(region.readers, index, bits)
         region.read_time[index] = self.time
         region.first_read[index[region.first_read[index] == 0]] = self.time
 
-    def note_write(self, region, index, warp, data):
+    def note_write(self, region, index, bits, data):
         order = np.argsort(index, axis=None, kind="stable")
         byte, value = index.ravel()[order], data.ravel()[order]
         if ((byte[1:] == byte[:-1]) & (value[1:] != value[:-1])).any():
             raise Fault(f"race in {self.name} memory: lanes of a store differ at one address")
         written, first = region.write_time[index], region.first_read[index]
         foreign = (written > 0) & (written < self.start) | (first > 0) & (first < self.start)
-        others = region.readers[index] & ~(np.uint32(1) << warp.astype(np.uint32))
-        near = (written == self.time) & (region.write_warp[index] != warp)
-        near |= (region.read_time[index] == self.time) & (others != 0)
+        near = (written == self.time) & (region.writer[index] != bits)
+        near |= (region.read_time[index] == self.time) & (region.readers[index] & ~bits != 0)
         if (foreign | near & (region.data[index] != data)).any():  # the same bits again do no harm
             raise Fault(f"race in {self.name} memory: written while another reads or writes")
-        region.write_time[index], region.write_warp[index] = self.time, warp
+        region.write_time[index], region.writer[index] = self.time, bits
         region.unfenced[index] = True
 
 
@@ -238,6 +238,7 @@ class Program:
         self.kernel, self.arguments, self.memory = kernel, arguments, memory
         self.threads = n = 32 * kernel.warps
         self.all, self.lane, self.warp = np.ones(n, bool), np.arange(n) % 32, np.arange(n) // 32
+        self.who = np.uint32(1) << self.warp.astype(np.uint32)
         region = Region(0, np.full(kernel.shared, 0xFF, np.uint8))
         self.shared = Memory("shared", [region])
         self.special = {"%tid.x": np.arange(n), "%ntid.x": n, "%laneid": self.lane,
@@ -540,7 +541,7 @@ def load(program, step, active):
     memory, kind = memory_of(program, step)
     names, size = names_of(to), TYPES[step.type].itemsize
     where = program.address(address, kind)
-    data = memory.access(where, size * len(names), active, program.warp)
+    data = memory.access(where, size * len(names), active, program.who)
     for name, value in zip(names, data.view(TYPES[step.type]).T):
         program.put(name, value, active)
 
@@ -551,7 +552,7 @@ def store(program, step, active):
     values = np.stack([program.get(name, bits) for name in names_of(step.operands[1])], 1)
     data = values.view(np.uint8)
     where = program.address(step.operands[0], kind)
-    memory.access(where, data.shape[1], active, program.warp, data)
+    memory.access(where, data.shape[1], active, program.who, data)
 
 
 def memory_of(program, step):
@@ -581,7 +582,7 @@ def copy_async(program, step, active):
         size = int(step.operands[2], 0)
         count = program.get(step.operands[3] if len(step.operands) > 3 else str(size), "u32")
         garbage = np.full((program.threads, size), 0xFF, np.uint8)
-        program.shared.access(to, size, active, program.warp, garbage)
+        program.shared.access(to, size, active, program.who, garbage)
         np.add.at(program.shared.regions[0].pending, to[active, None] + np.arange(size), 1)
         program.copies.append((to, source, size, count, active))
     else:
@@ -593,9 +594,9 @@ def finish_copy(program, to, source, size, count, active):
     data = np.zeros((program.threads, size), np.uint8)
     for bytes_read in set(count[active].tolist()) - {0}:
         some = active & (count == bytes_read)
-        got = program.memory.access(source, bytes_read, some, program.warp)
+        got = program.memory.access(source, bytes_read, some, program.who)
         data[some, :bytes_read] = got[some]
-    program.shared.access(to, size, active, program.warp, data)
+    program.shared.access(to, size, active, program.who, data)
 
 
 def barrier(program, step, active):
@@ -633,14 +634,15 @@ def shuffle(program, step, active):
 def matrix_rows(program, step, address, number):
     """The addresses of the 8 rows of a matrix: lanes 8 i .. 8 i + 7 give those of matrix i."""
     rows = program.address(address, "u32").reshape(-1, 32)[:, 8 * number : 8 * number + 8]
-    return rows.reshape(-1), np.ones(rows.size, bool), np.arange(rows.size) // 8
+    who = np.uint32(1) << np.arange(rows.size, dtype=np.uint32) // 8
+    return rows.reshape(-1), np.ones(rows.size, bool), who
 
 
 def load_matrix(program, step, active):
     """ldmatrix: 8 x 8 matrices of 16-bit numbers from shared memory, .trans: transposed."""
     for number, name in enumerate(step.operands[0]):
-        rows, every, warps = matrix_rows(program, step, step.operands[1], number)
-        matrix = program.shared.access(rows, 16, every, warps).view(np.uint16).reshape(-1, 8, 8)
+        rows, every, who = matrix_rows(program, step, step.operands[1], number)
+        matrix = program.shared.access(rows, 16, every, who).view(np.uint16).reshape(-1, 8, 8)
         if "trans" in step.parts:
             matrix = np.ascontiguousarray(matrix.mT)
         program.put(name, matrix.view(np.uint32).reshape(-1))
@@ -649,12 +651,12 @@ def load_matrix(program, step, active):
 def store_matrix(program, step, active):
     """stmatrix, its inverse."""
     for number, name in enumerate(step.operands[1]):
-        rows, every, warps = matrix_rows(program, step, step.operands[0], number)
+        rows, every, who = matrix_rows(program, step, step.operands[0], number)
         matrix = program.get(name, "b32").view(np.uint16).reshape(-1, 8, 8)
         if "trans" in step.parts:
             matrix = np.ascontiguousarray(matrix.mT)
         data = matrix.view(np.uint8).reshape(-1, 16)
-        program.shared.access(rows, 16, every, warps, data)
+        program.shared.access(rows, 16, every, who, data)
 
 
 def fragments(program, names, kind):
@@ -813,8 +815,8 @@ def shared_operand(program, descriptors, rows, k, kind, transposed):
     inside = places[places + size <= len(region.data)]
     if region.unfenced[inside].any():
         raise Fault("wgmma reads shared memory that was not fenced")
-    group = np.repeat(np.arange(len(descriptors)), rows * k) * 4
-    data = program.shared.access(places, size, np.ones(len(places), bool), group)
+    who = np.uint32(15) << 4 * np.repeat(np.arange(len(descriptors), dtype=np.uint32), rows * k)
+    data = program.shared.access(places, size, np.ones(len(places), bool), who)
     words = data.view(UNSIGNED[size]).reshape(-1, rows, k)
     return tf32(words) if kind == "tf32" else (
         widen(words) if kind == "bf16" else words.view(np.float16).astype(np.float32))

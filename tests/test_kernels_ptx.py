@@ -1,22 +1,17 @@
-"""Every kernel three ways against the equations in float64: in Triton's interpreter, and as the PTX
-for sm_80 and for sm_90, executed by ptx.py on this CPU. Forward and backward, all dtypes.
+"""Every kernel as its PTX for sm_80 and for sm_90, executed by ptx.py on this CPU, against the
+equations in float64. Forward and backward, all dtypes, drawn shapes and layouts.
 
-    pytest tests/test_kernels_ptx.py            # small shapes, drawn
+    pytest tests/test_kernels_ptx.py            # small shapes
     pytest tests/test_kernels_ptx.py -m full    # DeiT-S's shapes too, minutes
 """
 
-import re
-
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
 import kernels
 import ptx
-from kernel_checks import (
-    DEIT_SMALL, DTYPES, PROPERTIES, AttentionCase, ConvCase, check_conv, hold,
-)
+from kernel_checks import ATTENTION, DEIT_SMALL, DTYPES, PROPERTIES, AttentionCase, hold
 
 
 def quick(case) -> bool:
@@ -37,3 +32,14 @@ def test_compiled_kernels_equal_their_twins(name, dtype, sm):
         assert launched, "no kernel ran"
 
     hold(name, run, 6, quick)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_deit_shapes(name, dtype, sm):
+    cases, check = PROPERTIES[name]
+    case = DEIT_SMALL[cases is not ATTENTION]
+    with ptx.emulated(sm):
+        check(kernels, case._replace(B=1, dtype=dtype))

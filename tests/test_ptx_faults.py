@@ -1,0 +1,165 @@
+"""Faults planted in the compiled code, one at a time: what the tests see of them.
+
+    python tests/test_ptx_faults.py            # plants them all, half an hour on a core: the table
+    pytest tests/test_ptx_faults.py -m full    # the same, against the table
+
+docs/kernels.md says why the rest changes nothing.
+"""
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"  # as conftest.py has it
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernels
+import ptx
+from kernel_checks import (
+    AttentionCase, ConvCase, check_aggregate, check_attention, check_class_maps, check_class_row,
+    check_conv, check_logits,
+)
+
+TABLE = pathlib.Path(__file__).resolve().parent.parent / "docs/results/ptx_faults.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def later(match):
+    """A wait that leaves one group more."""
+    return re.sub(r"\d+;", lambda number: f"{int(number[0][:-1]) + 1};", match[0])
+
+
+FAULTS = {
+    "barrier removed": (r"\bbar\.sync\s+0;", ""),
+    "wait for copies removed": (r"\bcp\.async\.wait_group\s+\d+;", ""),
+    "wait for copies one group late": (r"\bcp\.async\.wait_group\s+\d+;", later),
+    "commit of copies removed": (r"\bcp\.async\.commit_group;", ""),
+    "wait for products removed": (r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;", ""),
+    "wait for products one group late": (r"\bwgmma\.wait_group\.sync\.aligned\s+\d+;", later),
+    "fence of shared memory removed": (r"\bfence\.proxy\.async\.shared::cta;", ""),
+    "fence of registers removed": (r"\bwgmma\.fence\.sync\.aligned;", ""),
+    "matrix not transposed": (r"\.x4\.trans\b", ".x4"),
+    "load for the masked lanes only": (r"@(%p\d+) (?=ld\.global)", r"@!\1 "),
+    "store for the masked lanes only": (r"@(%p\d+) (?=st\.global)", r"@!\1 "),
+    "lane of another number": (r"(shfl\.sync\.bfly\.b32\s+\S+ \S+ )\d+,", r"\g<1>3,"),
+    "minus for plus": (r"\badd(\.rn)?\.f32", "sub.f32"),
+    "minimum for maximum": (r"\bmax\.f32", "min.f32"),
+    "selection turned": (r"(selp\.\w+\s+\S+ )(\S+), (\S+),", r"\1\3, \2,"),
+    "or for and": (r"\band\.pred", "or.pred"),
+}
+MOST = 12  # sites of a fault in one kernel, evenly spaced: loops are unrolled
+
+HEAD = AttentionCase(B=2, S=2, N=69, d=32)  # what is compiled does not depend on B and N
+TOGETHER = HEAD._replace(B=1, N=126, layouts=("contiguous",) * 3)
+ODD = ConvCase(B=2, D=37, C=21, G=3, h=5, w=8)
+BLOCKS = ConvCase(B=1, D=64, C=40, G=2, h=9, w=15, layouts=("contiguous",) * 4)  # several of each
+CASES = {  # a fault is seen if one of the check's cases that run the kernel fails
+    "class row": (check_class_row, [HEAD, TOGETHER]),
+    "aggregate": (check_aggregate, [HEAD, TOGETHER]),
+    "attention": (check_attention, [
+        case for N in (0, 200)  # one pass in 16 bits; two passes
+        for case in (HEAD._replace(N=69 + N), TOGETHER._replace(N=101 - N // 4 + N),
+                     HEAD._replace(B=1, N=125 - N // 4 + N, scale=200.0))
+    ]),
+    "conv": (check_conv, [ODD, BLOCKS]),
+    "logits": (check_logits, [ODD._replace(D=72), BLOCKS]),
+    "class maps": (check_class_maps, [ODD._replace(D=72, K=7), BLOCKS._replace(D=136, K=7)]),
+}
+
+
+def mutants(code: str, fault: str) -> list[str]:
+    pattern, replacement = FAULTS[fault]
+    sites = list(re.finditer(pattern, code))
+    sites = sites[::-(-len(sites) // MOST) or 1]
+    return [code[:m.start()] + re.sub(pattern, replacement, code[m.start():], count=1)
+            for m in sites]
+
+
+def rows(name: str, dtype: str, sm: int) -> list[dict]:
+    """A row per kernel and fault: how many were planted, and how many seen."""
+    check, cases = CASES[name]
+    launched: dict[str, list] = {}  # PTX: the cases that run it
+    for case in cases:
+        def remember(code):
+            launched.setdefault(code, [])
+            if case not in launched[code]:
+                launched[code].append(case)
+            return code
+
+        case = case._replace(dtype=DTYPES[dtype])
+        with ptx.emulated(sm, remember):
+            check(kernels, case)
+
+    def seen(code, mutant) -> bool:
+        try:
+            with ptx.emulated(sm, lambda launched: mutant if launched == code else launched):
+                for case in launched[code]:
+                    check(kernels, case)
+        except (AssertionError, ptx.Fault):
+            return True
+        return False
+
+    found: dict[tuple, dict] = {}
+    for code in launched:
+        kernel = re.search(r"\.entry (\w+)", code)[1]
+        for fault in FAULTS:
+            for mutant in mutants(code, fault):
+                row = found.setdefault((kernel, fault), {
+                    "sm": sm, "dtype": dtype, "check": name, "kernel": kernel, "fault": fault,
+                    "planted": 0, "seen": 0})
+                row["planted"] += 1
+                row["seen"] += seen(code, mutant)
+    return list(found.values())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_planted_faults(name, dtype, sm):
+    expected = [row for row in json.loads(TABLE.read_text())["rows"]
+                if (row["check"], row["dtype"], row["sm"]) == (name, dtype, sm)]
+    assert rows(name, dtype, sm) == expected
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("check, case", [
+    (check_conv, ConvCase(B=1, D=72, C=24, G=2, h=3, w=5)), (check_attention, HEAD),
+    (check_attention, HEAD._replace(B=1, N=269)),
+], ids=["convolution", "one pass", "two passes"])
+def test_a_fault_in_the_compiled_code_is_seen(check, case, fault, sm):
+    """Every match of it replaced."""
+    replaced = []
+
+    def edit(code):
+        code, count = re.subn(*FAULTS[fault], code)
+        replaced.append(count)
+        return code
+
+    with pytest.raises((AssertionError, ptx.Fault)), ptx.emulated(sm, edit):
+        check(kernels, case._replace(dtype=torch.bfloat16))
+        if not any(replaced):
+            pytest.skip("nothing to break in this kernel")
+
+
+def main() -> None:
+    found = [row for sm in (80, 90) for dtype in DTYPES for name in CASES
+             for row in rows(name, dtype, sm)]
+    about = {"command": "python tests/test_ptx_faults.py"}
+    TABLE.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
+    for fault in FAULTS:
+        planted, seen = (sum(row[key] for row in found if row["fault"] == fault)
+                         for key in ("planted", "seen"))
+        print(f"{fault}: {seen} of {planted}")
+
+
+if __name__ == "__main__":
+    main()
