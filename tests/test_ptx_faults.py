@@ -36,6 +36,11 @@ def later(match):
     return re.sub(r"\d+;", lambda number: f"{int(number[0][:-1]) + 1};", match[0])
 
 
+def farther(match):
+    """16 lanes become 1."""
+    return f"{match[1]}{2 * int(match[2]) % 31},"
+
+
 FAULTS = {
     "barrier removed": (r"\bbar\.sync\s+0;", ""),
     "wait for copies removed": (r"\bcp\.async\.wait_group\s+\d+;", ""),
@@ -48,7 +53,7 @@ FAULTS = {
     "matrix not transposed": (r"\.x4\.trans\b", ".x4"),
     "load for the masked lanes only": (r"@(%p\d+) (?=ld\.global)", r"@!\1 "),
     "store for the masked lanes only": (r"@(%p\d+) (?=st\.global)", r"@!\1 "),
-    "lane of another number": (r"(shfl\.sync\.bfly\.b32\s+\S+ \S+ )\d+,", r"\g<1>3,"),
+    "lanes of twice the distance": (r"(shfl\.sync\.bfly\.b32\s+\S+ \S+ )(\d+),", farther),
     "minus for plus": (r"\badd(\.rn)?\.f32", "sub.f32"),
     "minimum for maximum": (r"\bmax\.f32", "min.f32"),
     "selection turned": (r"(selp\.\w+\s+\S+ )(\S+), (\S+),", r"\1\3, \2,"),
