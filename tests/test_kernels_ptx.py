@@ -5,13 +5,21 @@ equations in float64. Forward and backward, all dtypes, drawn shapes and layouts
     pytest tests/test_kernels_ptx.py -m full    # DeiT-S's shapes too, minutes
 """
 
+import itertools
+import pathlib
+import re
+
 import pytest
 
 pytest.importorskip("triton")
 
 import kernels
 import ptx
-from kernel_checks import ATTENTION, DEIT_SMALL, DTYPES, PROPERTIES, AttentionCase, hold
+import test_ptx
+from kernel_checks import (
+    ATTENTION, DEIT_SMALL, DTYPES, PROPERTIES, AttentionCase, ConvCase, check_aggregate,
+    check_attention, check_class_maps, check_class_row, check_conv, check_logits, hold,
+)
 
 
 def quick(case) -> bool:
@@ -32,6 +40,34 @@ def test_compiled_kernels_equal_their_twins(name, dtype, sm):
         assert launched, "no kernel ran"
 
     hold(name, run, 6, quick)
+
+
+def test_every_instruction_that_kernels_use_is_tested_by_itself():
+    """test_ptx.py has each in a program written by hand."""
+    written = pathlib.Path(test_ptx.__file__).read_text()
+    written, used = written + written.replace("{trans}", ""), set()
+
+    def collect(code):
+        used.update(".".join(step.parts) for step in ptx.parse(code, 0, 1).code)
+        return code
+
+    for sm, dtype in itertools.product((80, 90), DTYPES):
+        with ptx.emulated(sm, collect):
+            for case in (AttentionCase(dtype=dtype), AttentionCase(B=1, S=1, N=256, dtype=dtype)):
+                check_attention(kernels, case)
+                check_class_row(kernels, case)
+                check_aggregate(kernels, case)
+            for case in (ConvCase(B=1, dtype=dtype), ConvCase(B=1, k=1, h=2, dtype=dtype)):
+                for check in (check_conv, check_logits, check_class_maps):
+                    check(kernels, case)
+    def tested(name: str) -> bool:
+        tiles = re.search(r"mma.*\.(m\d+n)\d+(k\d+)\.", name)
+        if tiles:  # there for each kind of number and each way to hold the operands
+            sizes = [("m16n", "k16"), ("m16n", "k8"), ("m64n", "k16"), ("m64n", "k8")]
+            return tiles.groups() in sizes and name.split(".")[-2] in test_ptx.KINDS
+        return name in written or name.replace(".trans", "{trans}") in written
+
+    assert len(used) > 90 and not [name for name in sorted(used) if not tested(name)]
 
 
 @pytest.mark.full

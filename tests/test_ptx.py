@@ -11,6 +11,15 @@ START = "ld.param.b64 %rd1, [k_param_0]; mov.u32 %r1, %tid.x; mad.wide.u32 %rd2,
 I = np.arange(32, dtype=np.int64)
 
 
+F = I.astype(np.float32)
+NAN = "0f7FC00000"
+
+
+def bits(values):
+    """float32 numbers as 32-bit words."""
+    return np.asarray(values, np.float32).view(np.uint32).astype(np.int64)
+
+
 def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
     """What a program leaves in its first parameter, `words` numbers a thread."""
     out = torch.zeros(32 * warps * words, dtype=torch.int32)
@@ -21,24 +30,130 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
 
 
 @pytest.mark.parametrize("line, expected", [
+    # integers of 32, 16 and 64 bits
     ("add.s32 %r2, %r1, -3;", I - 3),
+    ("neg.s32 %r2, %r1;", -I),
+    ("mul.lo.s32 %r2, %r1, -5;", -5 * I),
+    ("max.u32 %r2, %r1, 9;", np.maximum(I, 9)),
+    ("or.b32 %r3, %r1, 5; and.b32 %r4, %r3, 23; xor.b32 %r2, %r4, 3;", (I | 5) & 23 ^ 3),
+    ("add.s16x2 %r2, %r1, 0x0002FFFF;", (I - 1) % 2**16 + 0x20000),
+    ("cvt.u16.u32 %rs1, %r1; add.s16 %rs2, %rs1, -3; cvt.u32.u16 %r2, %rs2;", (I - 3) % 2**16),
+    ("cvt.u16.u32 %rs1, %r1; sub.s16 %rs2, 7, %rs1; cvt.u32.u16 %r2, %rs2;", (7 - I) % 2**16),
+    ("cvt.u16.u32 %rs1, %r1; mul.lo.s16 %rs2, %rs1, 3000; cvt.u32.u16 %r2, %rs2;",
+     3000 * I % 2**16),
+    ("cvt.u16.u32 %rs1, %r1; mad.lo.s16 %rs2, %rs1, %rs1, -1; cvt.u32.u16 %r2, %rs2;",
+     (I * I - 1) % 2**16),
+    ("cvt.u16.u32 %rs1, %r1; mul.hi.u16 %rs2, %rs1, 0x4000; cvt.u32.u16 %r2, %rs2;", I // 4),
+    ("cvt.u16.u32 %rs1, %r1; mul.wide.u16 %r2, %rs1, 50000;", 50000 * I),
+    ("cvt.u16.u32 %rs1, %r1; max.u16 %rs2, %rs1, 9; and.b16 %rs3, %rs2, 14; or.b16 %rs4, %rs3, 64;"
+     "shl.b16 %rs5, %rs4, 9; shr.u16 %rs6, %rs5, 8; cvt.u32.u16 %r2, %rs6;",
+     ((np.maximum(I, 9) & 14 | 64) << 9) % 2**16 >> 8),
+    ("cvt.u64.u32 %rd3, %r1; add.s64 %rd4, %rd3, -40; sub.s64 %rd5, %rd4, 2; "
+     "cvt.u32.u64 %r2, %rd5;", I - 42),
+    ("cvt.u64.u32 %rd3, %r1; mad.lo.s64 %rd4, %rd3, %rd3, -1; mul.lo.s64 %rd5, %rd4, 3; "
+     "cvt.u32.u64 %r2, %rd5;", 3 * I * I - 3),
+    ("mul.wide.s32 %rd3, %r1, -2; shr.s64 %rd4, %rd3, 2; cvt.u32.u64 %r2, %rd4;", -2 * I >> 2),
+    ("mul.wide.u32 %rd3, %r1, 0x80000000; shr.u64 %rd4, %rd3, 31; cvt.u32.u64 %r2, %rd4;", I),
+    ("mad.wide.s32 %rd3, %r1, -1, 4; shl.b64 %rd4, %rd3, 3; or.b64 %rd5, %rd4, 1; "
+     "and.b64 %rd6, %rd5, 0xFF; xor.b64 %rd7, %rd6, 3; cvt.u32.u64 %r2, %rd7;",
+     ((4 - I) * 8 | 1) & 0xFF ^ 3),
+    ("sub.s32 %r3, %r1, 9; cvt.s64.s32 %rd3, %r3; shr.u64 %rd4, %rd3, 63; cvt.u32.u64 %r2, %rd4;",
+     I < 9),
+    ("mov.b64 %rd3, {%r1, 7}; mov.b64 {%r3, %r4}, %rd3; mad.lo.s32 %r2, %r3, 10, %r4;", 10 * I + 7),
+    ("mov.u64 %rd3, 5; cvt.u16.u64 %rs1, %rd3; mov.u16 %rs2, %rs1; mov.b16 %rs3, %rs2; "
+     "cvt.u64.u16 %rd4, %rs3; mov.b64 %rd5, %rd4; cvt.u32.u64 %r2, %rd5;", 5 + 0 * I),
+    ("mov.b32 %r3, {1, 2}; mov.u32 %r2, %r3;", 0x20001 + 0 * I),
     ("mul.hi.u32 %r2, %r1, 0x80000000;", I // 2),
     ("mad.lo.s32 %r2, %r1, %r1, 7;", I * I + 7),
     ("sub.s32 %r3, %r1, 9; div.s32 %r2, %r3, 4;", np.trunc((I - 9) / 4).astype(int)),
     ("sub.s32 %r3, %r1, 9; shr.s32 %r2, %r3, 1;", (I - 9) >> 1),
     ("shl.b32 %r2, %r1, %r1;", (1 << I) * I),
+    ("shr.u32 %r3, %r1, 1; shr.u32 %r4, %r1, 40; or.b32 %r2, %r3, %r4;", I >> 1),
     ("bfe.s32 %r2, %r1, 1, 2;", np.array([0, 1, -2, -1])[I // 2 % 4]),
+    ("bfe.u32 %r2, %r1, 1, 2;", I // 2 % 4),
     ("prmt.b32 %r2, %r1, 0xAB, 0x4440;", I + 0xABABAB00),
     ("setp.lt.s32 %p1, %r1, 5; selp.b32 %r2, 1, 2, %p1;", np.where(I < 5, 1, 2)),
     ("mov.b32 %r2, 0; setp.gt.u32 %p1, %r1, 5; @!%p1 mov.b32 %r2, 4;", np.where(I > 5, 0, 4)),
+    # predicates
+    ("setp.lt.u32 %p1, %r1, 20; setp.gt.s32 %p2, %r1, 3; and.pred %p3, %p1, %p2; "
+     "not.pred %p4, %p3; mov.pred %p5, %p4; selp.f32 %r2, 1, 2, %p5;",
+     np.where((I < 20) & (I > 3), 2, 1)),
+    ("mov.pred %p1, -1; selp.b32 %r2, %r1, 0, %p1;", I),
+    ("setp.eq.b32 %p1, %r1, 4; setp.ne.b32 %p2, %r1, 4; selp.b32 %r3, 8, 0, %p1; "
+     "selp.b32 %r4, 1, 0, %p2; add.s32 %r2, %r3, %r4;", np.where(I == 4, 8, 1)),
+    ("cvt.u16.u32 %rs1, %r1; sub.s16 %rs2, %rs1, 9; setp.lt.s16 %p1, %rs2, 0; "
+     "setp.lt.u16 %p2, %rs2, 9; setp.eq.b16 %p3, %rs1, 3; setp.ne.b16 %p4, %rs1, 5; "
+     "selp.b16 %rs3, 1, 2, %p1; selp.b16 %rs4, 4, 8, %p2; selp.b16 %rs5, 16, 32, %p3; "
+     "selp.b16 %rs6, 64, 128, %p4; or.b16 %rs7, %rs3, %rs4; or.b16 %rs8, %rs5, %rs6; "
+     "or.b16 %rs9, %rs7, %rs8; cvt.u32.u16 %r2, %rs9;",
+     np.where(I < 9, 1, 2) | np.where((I >= 9) & (I < 18), 4, 8) | np.where(I == 3, 16, 32)
+     | np.where(I == 5, 128, 64)),
+    ("cvt.u64.u32 %rd3, %r1; sub.s64 %rd4, %rd3, 9; setp.lt.s64 %p1, %rd4, 0; "
+     "setp.lt.u64 %p2, %rd4, 9; setp.eq.b64 %p3, %rd4, 0; setp.ne.b64 %p4, %rd4, 1; "
+     "selp.b64 %rd5, 1, 2, %p1; selp.b64 %rd6, 4, 8, %p2; selp.b64 %rd7, 16, 32, %p3; "
+     "selp.b64 %rd8, 64, 128, %p4; or.b64 %rd9, %rd5, %rd6; or.b64 %rd10, %rd7, %rd8; "
+     "or.b64 %rd11, %rd9, %rd10; cvt.u32.u64 %r2, %rd11;",
+     np.where(I < 9, 1, 2) | np.where((I >= 9) & (I < 18), 4, 8) | np.where(I == 9, 16, 32)
+     | np.where(I == 10, 128, 64)),
+    (f"cvt.rn.f32.u32 %f1, %r1; setp.eq.f32 %p1, %f1, 0f40400000; setp.lt.f32 %p2, %f1, {NAN}; "
+     f"setp.num.f32 %p3, %f1, %f1; setp.num.f32 %p4, %f1, {NAN}; selp.b32 %r3, 1, 0, %p1; "
+     "selp.b32 %r4, 2, 0, %p2; selp.b32 %r5, 4, 0, %p3; selp.b32 %r6, 8, 0, %p4; "
+     "or.b32 %r7, %r3, %r4; or.b32 %r8, %r5, %r6; or.b32 %r2, %r7, %r8;", (I == 3) + 4),
+    ("mov.u32 %r2, 0; bra.uni $SECOND; $FIRST: add.s32 %r2, %r2, 1; $SECOND: "
+     "add.s32 %r2, %r2, 10; setp.lt.s32 %p1, %r2, 40; @%p1 bra $FIRST;", 43 + 0 * I),
+    # floats
+    ("cvt.rn.f32.u32 %f1, %r1; add.f32 %f2, %f1, 0f3FC00000; sub.f32 %f3, %f2, 0f40000000; "
+     "mul.f32 %r2, %f3, 0fC0800000;", bits((F - .5) * -4)),
+    ("cvt.rn.f32.u32 %f1, %r1; add.rn.f32 %f2, %f1, 0f3F800000; mul.rn.f32 %f3, %f2, 0f3EAAAAAB; "
+     "mov.b32 %r2, %f3;", bits((F + 1) * np.float32(1 / 3))),
+    ("cvt.rn.f32.u32 %f1, %r1; div.full.f32 %r2, 0f3F800000, %f1;", bits([np.inf, *1 / F[1:]])),
+    ("cvt.rn.f32.s32 %f1, %r1; add.f32 %f2, %f1, 0fC31B0000; ex2.approx.ftz.f32 %r2, %f2;",
+     bits(np.where(F - 155 < -126, 0, np.exp2(np.float64(F - 155))))),  # 2^-155 .. 2^-124
+    ("cvt.rn.f32.u32 %f1, %r1; fma.rn.ftz.f32 %r2, %f1, 0f00400000, 0f00000000;", 0 * I),
+    ("cvt.rn.f32.u32 %f1, %r1; mul.f32 %r2, %f1, 0f00000001;", I),  # not flushed
+    (f"cvt.rn.f32.u32 %f1, %r1; max.f32 %f2, %f1, 0f41100000; max.f32 %r2, {NAN}, %f2;",
+     bits(np.maximum(F, 9))),
+    ("mov.b32 %r3, 0f3F80A000; cvt.rna.tf32.f32 %r4, %r3; mov.b32 %r5, 0f3F801000; "
+     "cvt.rna.tf32.f32 %r6, %r5; sub.s32 %r2, %r4, %r6;", 0x8000 + 0 * I),
+    ("cvt.rn.bf16.u32 %rs1, %r1; cvt.f32.bf16 %f1, %rs1; add.f32 %f2, %f1, 0f3C000000; "
+     "cvt.rn.bf16.f32 %rs2, %f2; mov.b32 %r2, {0, %rs2};",
+     bits(torch.tensor(F + 2**-7).bfloat16().float().numpy())),
+    ("cvt.rn.f16.u32 %rs1, %r1; cvt.f32.f16 %f1, %rs1; add.f32 %f2, %f1, 0f3A000000; "
+     "cvt.rn.f16.f32 %rs2, %f2; cvt.f32.f16 %f3, %rs2; mov.b32 %r2, %f3;",
+     bits((F + np.float32(2**-11)).astype(np.float16))),
+    ("cvt.rn.f32.s32 %r3, %r1; cvt.rn.f16x2.f32 %r2, %r3, 0f3F800000;",
+     F.astype(np.float16).view(np.uint16).astype(np.int64) * 2**16 + 0x3C00),
+    # lanes
     ("shfl.sync.bfly.b32 %r2, %r1, 5, 31, -1;", I ^ 5),
     ("shfl.sync.idx.b32 %r2, %r1, 3, 31, -1;", I * 0 + 3),
     ("cvt.rn.f32.s32 %r3, %r1; fma.rn.f32 %r4, %r3, %r3, 0f3F800000; cvt.rzi.s32.f32 %r2, %r4;",
      I * I + 1),
     ("cvt.rn.f32.s32 %r3, %r1; cvt.rn.bf16x2.f32 %r2, %r3, 0f3F800000;",
      (I.astype(np.float32).view(np.uint32) & 0xFFFF0000) + 0x3F80),
+    # memory
     ("shl.b32 %r3, %r1, 2; st.shared.b32 [%r3], %r1; xor.b32 %r4, %r3, 12; "
      "ld.shared.b32 %r2, [%r4];", I ^ 3),
+    ("shl.b32 %r3, %r1, 2; cvt.u16.u32 %rs1, %r1; st.shared.b16 [%r3], %rs1; "
+     "st.shared.b16 [%r3+2], 3; ld.shared.v2.b16 {%rs2, %rs3}, [%r3]; mov.b32 %r2, {%rs3, %rs2};",
+     I * 2**16 + 3),
+    ("shl.b32 %r3, %r1, 3; cvt.u16.u32 %rs1, %r1; st.shared.v2.b16 [%r3], {%rs1, 5}; "
+     "st.shared.v2.b16 [%r3+4], {6, 7}; ld.shared.v4.b16 {%rs2, %rs3, %rs4, %rs5}, [%r3]; "
+     "st.shared.v4.b16 [%r3], {%rs5, %rs4, %rs3, %rs2}; ld.shared.v2.b32 {%r4, %r5}, [%r3]; "
+     "ld.shared.b16 %rs6, [%r3+6]; cvt.u32.u16 %r6, %rs6; xor.b32 %r7, %r4, %r5; "
+     "xor.b32 %r2, %r7, %r6;", (7 + 6 * 2**16) ^ (5 + I * 2**16) ^ I),
+    ("shl.b32 %r3, %r1, 4; st.shared.v2.b32 [%r3+8], {%r1, 2}; "
+     "st.shared.v4.b32 [%r3], {4, 3, %r1, 2}; ld.shared.v4.b32 {%r4, %r5, %r6, %r7}, [%r3]; "
+     "mad.lo.s32 %r8, %r4, %r6, %r5; sub.s32 %r2, %r8, %r7;", 4 * I + 1),
+    ("cvt.u16.u32 %rs1, %r1; st.global.b16 [%rd2], %rs1; st.global.b16 [%rd2+2], 9; "
+     "ld.global.b16 %rs2, [%rd2]; ld.global.b32 %r3, [%rd2]; cvt.u32.u16 %r4, %rs2; "
+     "add.s32 %r2, %r3, %r4;", 9 * 2**16 + 2 * I),
+    ("and.b32 %r3, %r1, 7; mad.wide.u32 %rd3, %r3, 16, %rd1; setp.lt.u32 %p1, %r1, 8; "
+     "@%p1 st.global.v4.b32 [%rd3], {%r1, 5, 6, 7}; bar.warp.sync -1; "
+     "ld.global.v2.b32 {%r4, %r5}, [%rd3]; ld.global.b64 %rd4, [%rd3+8]; cvt.u32.u64 %r6, %rd4; "
+     "ld.global.v4.b32 {%r7, %r8, %r9, %r10}, [%rd3]; mad.lo.s32 %r11, %r4, %r5, %r6; "
+     "mad.lo.s32 %r2, %r7, %r10, %r11;", I % 8 * 12 + 6),
+    ("ld.param.b32 %r3, [k_param_0]; ld.param.s32 %r4, [k_param_0]; cvt.u32.u64 %r5, %rd1; "
+     "sub.s32 %r6, %r3, %r5; sub.s32 %r7, %r4, %r5; or.b32 %r2, %r6, %r7;", 0 * I),
 ])
 def test_instruction(line, expected):
     found = execute(line + "st.global.b32 [%rd2], %r2;")
@@ -110,6 +225,51 @@ def pair(low, high):
 def test_matrices_of_8_rows(line, expected):
     found = execute(MATRIX + line + "st.global.b32 [%rd2], %r2;")
     np.testing.assert_array_equal(found, (expected & 0xFFFFFFFF).astype(np.uint32))
+
+
+# four matrices: lane l gives row l % 8 of matrix l / 8, here the bytes from 16 (31 - l) on
+FOUR = ("shl.b32 %r3, %r1, 4; shl.b32 %r4, %r1, 2; mad.lo.s32 %r5, %r4, 0x20002, 0x10000; "
+        "add.s32 %r6, %r5, 0x20002; add.s32 %r7, %r6, 0x20002; add.s32 %r8, %r7, 0x20002; "
+        "st.shared.v4.b32 [%r3], {%r5, %r6, %r7, %r8}; sub.s32 %r9, 496, %r3; "
+        "mad.wide.u32 %rd7, %r1, 16, %rd1; ")
+OUT_FOUR = "st.global.v4.b32 [%rd7], {%r10, %r11, %r12, %r13};"
+
+
+def four(transposed: bool):
+    """Registers (lane, matrix) of the 256 halves 0 .. 255 read so."""
+    found = np.zeros((32, 4), np.int64)
+    for lane, matrix in np.ndindex(32, 4):
+        g, t = divmod(lane, 4)
+        places = [(2 * t, g), (2 * t + 1, g)] if transposed else [(g, 2 * t), (g, 2 * t + 1)]
+        low, high = (8 * (31 - 8 * matrix - row) + column for row, column in places)
+        found[lane, matrix] = low | high << 16
+    return found.reshape(-1)
+
+
+@pytest.mark.parametrize("trans", ["", ".trans"])
+def test_four_matrices(trans):
+    load = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r9]; "
+    found = execute(FOUR + load + OUT_FOUR, words=4)
+    np.testing.assert_array_equal(found, four(bool(trans)))
+    # stored with the same addresses they are where they were
+    store = f"stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r9], {{%r10, %r11, %r12, %r13}}; "
+    zeros = "st.shared.v4.b32 [%r3], {0, 0, 0, 0}; "
+    again = "ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r3]; "
+    found = execute(FOUR + load + zeros + store + again + OUT_FOUR, words=4)
+    np.testing.assert_array_equal(found, 0x10000 + 0x20002 * np.arange(128))
+
+
+def test_copies_of_fewer_bytes_fill_with_zeros():
+    """cp.async.cg of 16 bytes, of which the last operand says how many are read."""
+    found = execute(
+        "mad.wide.u32 %rd7, %r1, 16, %rd1; st.global.v4.b32 [%rd7], {%r1, 1, 2, 3}; "
+        "shl.b32 %r3, %r1, 4; and.b32 %r4, %r1, 1; shl.b32 %r4, %r4, 4; "  # odd lanes: 16 bytes
+        "cp.async.cg.shared.global [%r3], [%rd7], 0x10, %r4; cp.async.commit_group; "
+        "cp.async.wait_group 0; ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r3]; " + OUT_FOUR,
+        words=4)
+    odd = I % 2
+    np.testing.assert_array_equal(found.reshape(32, 4), np.stack([I, 1 + 0 * I, 2 + 0 * I,
+                                                                  3 + 0 * I], 1) * odd[:, None])
 
 
 KINDS = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
