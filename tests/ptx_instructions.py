@@ -421,7 +421,7 @@ class Product(NamedTuple):
 def warp_group(program, step, active):
     """wgmma: D (64, N) += A (64, K) B (K, N) of each 4 warps, done when its group is waited for.
 
-    It reads at any time until then, so its operands must be there when it begins and may not change.
+    It reads at any time until then: its operands must be there when it begins, and may not change.
     """
     action = step.parts[1]
     if action == "fence":

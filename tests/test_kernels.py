@@ -31,7 +31,7 @@ def test_kernels_equal_their_twins(name, dtype):
 
 
 def test_what_a_gpu_runs(capsys):
-    """test_kernels_gpu.py's process, on a CPU: a line for each property, its inputs' strides kept."""
+    """test_kernels_gpu.py's process, on a CPU: a line for each property. Strides are kept."""
     kernel_checks.main("cpu:0", examples=1)
     assert capsys.readouterr().out.splitlines() == [f"{name}: ok" for name in kernel_checks.NAMES]
     for layout in kernel_checks.LAYOUTS:

@@ -68,10 +68,11 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
     ("sub.s32 %r3, %r1, 9; div.s32 %r2, %r3, 4;", np.trunc((I - 9) / 4).astype(int)),
     ("sub.s32 %r3, %r1, 9; shr.s32 %r2, %r3, 1;", (I - 9) >> 1),
     ("shl.b32 %r2, %r1, %r1;", (1 << I) * I),
-    ("shr.u32 %r3, %r1, 1; shr.u32 %r4, %r1, 40; or.b32 %r2, %r3, %r4;", I >> 1),
+    ("shr.u32 %r3, %r1, 1; shr.u32 %r4, 0x80000000, 40; or.b32 %r2, %r3, %r4;", I >> 1),
     ("bfe.s32 %r2, %r1, 1, 2;", np.array([0, 1, -2, -1])[I // 2 % 4]),
     ("bfe.u32 %r2, %r1, 1, 2;", I // 2 % 4),
     ("prmt.b32 %r2, %r1, 0xAB, 0x4440;", I + 0xABABAB00),
+    ("prmt.b32 %r2, %r1, 0x7FAB, 0xDC08;", 0xFF0000 + I * 256),  # with 8: a byte's sign
     ("setp.lt.s32 %p1, %r1, 5; selp.b32 %r2, 1, 2, %p1;", np.where(I < 5, 1, 2)),
     ("mov.b32 %r2, 0; setp.gt.u32 %p1, %r1, 5; @!%p1 mov.b32 %r2, 4;", np.where(I > 5, 0, 4)),
     # predicates
@@ -111,6 +112,8 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
      bits(np.where(F - 155 < -126, 0, np.exp2(np.float64(F - 155))))),  # 2^-155 .. 2^-124
     ("cvt.rn.f32.u32 %f1, %r1; fma.rn.ftz.f32 %r2, %f1, 0f00400000, 0f00000000;", 0 * I),
     ("cvt.rn.f32.u32 %f1, %r1; mul.f32 %r2, %f1, 0f00000001;", I),  # not flushed
+    ("mov.b32 %f1, 0f3F800001; fma.rn.f32 %r2, %f1, %f1, 0fBF800002;",  # rounded once
+     bits(F * 0 + 2.0**-46)),
     (f"cvt.rn.f32.u32 %f1, %r1; max.f32 %f2, %f1, 0f41100000; max.f32 %r2, {NAN}, %f2;",
      bits(np.maximum(F, 9))),
     ("mov.b32 %r3, 0f3F80A000; cvt.rna.tf32.f32 %r4, %r3; mov.b32 %r5, 0f3F801000; "
@@ -136,6 +139,9 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
     ("shl.b32 %r3, %r1, 2; cvt.u16.u32 %rs1, %r1; st.shared.b16 [%r3], %rs1; "
      "st.shared.b16 [%r3+2], 3; ld.shared.v2.b16 {%rs2, %rs3}, [%r3]; mov.b32 %r2, {%rs3, %rs2};",
      I * 2**16 + 3),
+    ("shl.b32 %r3, %r1, 1; sub.s32 %r4, %r1, 9; cvt.u16.u32 %rs1, %r4; "
+     "st.shared.b16 [%r3], %rs1; ld.shared.s16 %r2, [%r3];", I - 9),
+    ("shl.b32 %r3, %r1, 2; ld.shared.b32 %r2, [%r3];", 0 * I - 1),  # never written: garbage
     ("shl.b32 %r3, %r1, 3; cvt.u16.u32 %rs1, %r1; st.shared.v2.b16 [%r3], {%rs1, 5}; "
      "st.shared.v2.b16 [%r3+4], {6, 7}; ld.shared.v4.b16 {%rs2, %rs3, %rs4, %rs5}, [%r3]; "
      "st.shared.v4.b16 [%r3], {%rs5, %rs4, %rs3, %rs2}; ld.shared.v2.b32 {%r4, %r5}, [%r3]; "
@@ -178,6 +184,8 @@ def test_barriers_and_waits():
 @pytest.mark.parametrize("body, options, words", [
     (EXCHANGE.replace("bar.sync 0;", ""), dict(warps=2), "race"),
     (EXCHANGE, dict(warps=2, shared=252), "out of bounds"),
+    ("setp.lt.u32 %p1, %r1, 32; @%p1 st.shared.b32 [%r4], 1; @!%p1 st.shared.b32 [%r4], 2;"
+     .replace("%r4", "global_smem"), dict(warps=2), "race"),
     ("st.global.b32 [%rd2+4], %r1;", {}, "out of bounds"),
     ("st.global.b32 [%rd2], %r1;", dict(grid=(2,)), "race"),
     ("st.global.b32 [%rd1], %r1;", {}, "lanes of a store differ"),
@@ -280,6 +288,13 @@ def words(values):
     return values.contiguous().view(torch.int32)
 
 
+def cut(values):
+    """In float64, what tensor cores read: of a float32 the upper 19 bits."""
+    if values.dtype == torch.float32:
+        values = (values.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    return values.double()
+
+
 def left_words(a, kind):
     """A (16, K) as the registers a0 .. a3 of 32 lanes: (32, 4) words."""
     lanes = []
@@ -324,16 +339,16 @@ STORE_D = ("mad.wide.u32 %rd7, %r1, 16, %rd1; "
 @pytest.mark.parametrize("kind", KINDS)
 def test_mma(kind):
     generator, K = torch.Generator().manual_seed(0), 8 if kind == "tf32" else 16
-    a, b = torch.randn(16, K, generator=generator), torch.randn(K, 8, generator=generator)
-    a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) if kind == "tf32"
-            else x.to(KINDS[kind]) for x in (a, b))
+    a, b = (torch.randn(size, generator=generator).to(KINDS[kind]) for size in ((16, K), (K, 8)))
     found = execute(
         LOAD_A + "ld.param.b64 %rd5, [k_param_2]; mad.wide.u32 %rd6, %r1, 8, %rd5; "
         "ld.global.v2.b32 {%r14, %r15}, [%rd6]; mov.b32 %f5, 0f3F800000; "
+        "mov.b32 %f6, 0f40000000; mov.b32 %f7, 0f40400000; mov.b32 %f8, 0f40800000; "
         f"mma.sync.aligned.m16n8k{K}.row.col.f32.{kind}.{kind}.f32 {{%f1, %f2, %f3, %f4}}, "
-        "{%r10, %r11, %r12, %r13}, {%r14, %r15}, {%f5, %f5, %f5, %f5}; " + STORE_D,
+        "{%r10, %r11, %r12, %r13}, {%r14, %r15}, {%f5, %f6, %f7, %f8}; " + STORE_D,
         inputs=[left_words(a, kind), right_words(b, kind)], words=4)
-    expected = a.double() @ b.double() + 1
+    c = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat_interleave(8, 0).repeat(1, 4)
+    expected = cut(a) @ cut(b) + c
     np.testing.assert_allclose(result_matrix(found), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
@@ -378,21 +393,22 @@ def test_wgmma_is_done_when_it_is_waited_for():
 
 
 @pytest.mark.parametrize("line, words", [
-    ("fence.proxy.async.shared::cta;", "not fenced"), ("bar.sync 0;", "race|not fenced"),
+    ("fence.proxy.async.shared::cta;", "not fenced"), ("bar.sync 0;", "race"),
 ])
 def test_wgmma_of_what_was_just_stored(line, words):
     with pytest.raises(ptx.Fault, match=words):
         wgmma(WGMMA.replace(line, ""))
+    one_warp = WGMMA.replace("%p1, %r1, 64", "%p1, %r1, 32")  # which all four of the group read
+    with pytest.raises(ptx.Fault, match=words):
+        wgmma(one_warp.replace(line, ""))
 
 
-@pytest.mark.parametrize("line", ["wgmma.fence.sync.aligned;", "mov.b32 %f2, %f1;"])
-def test_wgmma_of_registers_that_were_not_fenced(line):
-    """No fence; a register written behind the fence."""
-    moved = "" if line.startswith("wgmma") else line + " add.f32 %f2, %f2, 0f00000000;"
-    body = WGMMA.replace("wgmma.fence.sync.aligned;", "") if not moved else WGMMA.replace(
-        "wgmma.mma_async", moved + " wgmma.mma_async")
+@pytest.mark.parametrize("behind", ["", "add.f32 %f2, %f9, %f9;", "add.f32 %f9, %f2, %f2;"])
+def test_wgmma_of_registers_that_were_not_fenced(behind):
+    """No fence; a register written or read behind the fence."""
+    fence = "wgmma.fence.sync.aligned;"
     with pytest.raises(ptx.Fault, match="since the last wgmma.fence"):
-        wgmma(body)
+        wgmma(WGMMA.replace(fence, fence * bool(behind) + behind))
 
 
 @pytest.mark.parametrize("line, words", [
@@ -432,22 +448,11 @@ def packed_descriptor(start, width, leading, stride):
     return bits - 2**64 if bits >= 2**63 else bits
 
 
-@pytest.mark.parametrize("kind, columns, left, right", [
-    # (start, width, leading, stride, along k) of A, None: in registers; and of B
-    ("f16", 24, None, (1024, 32, 16, 256, True)),
-    ("bf16", 24, (0, 128, 16, 1024, True), (8192 + 32, 128, 16, 1024, True)),  # k = 16 .. 31 of B
-    ("f16", 16, (0, 64, 16, 512, True), (4096, 32, 16, 256, False)),
-    ("bf16", 64, (0, 128, 16, 1024, False), (8192, 64, 512, 1024, False)),
-    ("bf16", 128, None, (0, 128, 2048, 1024, False)),
-    ("tf32", 40, None, (0, 32, 16, 256, True)),
-    ("tf32", 8, (0, 64, 16, 512, True), (8192, 128, 16, 1024, True)),
-])
-def test_wgmma_of_several_tiles(kind, columns, left, right):
-    """D (64, columns) = A B, from registers and from shared memory in each of its layouts."""
+def tiles(kind, columns, left, right, without=None):
+    """(D, A B): D (64, columns), A and B in shared memory as `left` and `right` lay them out, or A
+    in registers; `without` some line."""
     generator, K = torch.Generator().manual_seed(2), 8 if kind == "tf32" else 16
-    a, b = (torch.randn(n, K, generator=generator) for n in (64, columns))
-    a, b = ((x.view(torch.int32) & ~0x1FFF).view(torch.float32) if kind == "tf32"
-            else x.to(KINDS[kind]) for x in (a, b))
+    a, b = (torch.randn(n, K, generator=generator).to(KINDS[kind]) for n in (64, columns))
     memory = np.zeros(16384, np.uint8)
     shared_image(memory, b, *right)
     d = ", ".join(f"%f{i}" for i in range(columns // 2))
@@ -472,7 +477,28 @@ def test_wgmma_of_several_tiles(kind, columns, left, right):
         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; "
         f"mad.wide.u32 %rd7, %r1, {2 * columns}, %rd1; " + stores)
     descriptors = [packed_descriptor(*layout[:4]) if layout else 0 for layout in (right, left)]
-    found = execute(body, 4, 16384, inputs=[*inputs, torch.from_numpy(memory), *descriptors],
-                    words=columns // 2)
-    expected = (a.double() @ b.double().T).numpy()
-    np.testing.assert_allclose(result_matrix(found, 64, columns), expected, rtol=1e-5, atol=1e-5)
+    found = execute(body.replace(without or "\n", ""), 4, 16384, words=columns // 2,
+                    inputs=[*inputs, torch.from_numpy(memory), *descriptors])
+    return result_matrix(found, 64, columns), (cut(a) @ cut(b).T).numpy()
+
+
+@pytest.mark.parametrize("kind, columns, left, right", [
+    # (start, width, leading, stride, along k) of A, None: in registers; and of B
+    ("f16", 24, None, (1024, 32, 16, 256, True)),
+    ("bf16", 24, (0, 128, 16, 1024, True), (8192 + 32, 128, 16, 1024, True)),  # k = 16 .. 31 of B
+    ("f16", 16, (0, 64, 16, 512, True), (4096, 32, 16, 256, False)),
+    ("bf16", 64, (0, 128, 16, 1024, False), (8192, 64, 512, 1024, False)),
+    ("bf16", 128, None, (0, 128, 2048, 1024, False)),
+    ("tf32", 40, None, (0, 32, 16, 256, True)),
+    ("tf32", 8, (0, 64, 16, 512, True), (8192, 128, 16, 1024, True)),
+])
+def test_wgmma_of_several_tiles(kind, columns, left, right):
+    found, expected = tiles(kind, columns, left, right)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_wgmma_needs_a_fence():
+    """Even of registers that nobody has touched."""
+    layouts = (0, 64, 16, 512, True), (8192, 128, 16, 1024, True)
+    with pytest.raises(ptx.Fault, match="since the last wgmma.fence"):
+        tiles("tf32", 8, *layouts, without="wgmma.fence.sync.aligned; ")

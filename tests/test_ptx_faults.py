@@ -63,19 +63,19 @@ MOST = 12  # sites of a fault in one kernel, evenly spaced: loops are unrolled
 
 HEAD = AttentionCase(B=2, S=2, N=69, d=32)  # what is compiled does not depend on B and N
 TOGETHER = HEAD._replace(B=1, N=126, layouts=("contiguous",) * 3)
-ODD = ConvCase(B=2, D=37, C=21, G=3, h=5, w=8)
-BLOCKS = ConvCase(B=1, D=64, C=40, G=2, h=9, w=15, layouts=("contiguous",) * 4)  # several of each
+ODD = ConvCase(B=1, D=61, C=61, G=3, h=9, w=13)  # a little less than whole tiles
+WHOLE = ConvCase(B=1, D=64, C=64, G=4, h=8, w=16, layouts=("contiguous",) * 4)
 CASES = {  # a fault is seen if one of the check's cases that run the kernel fails
     "class row": (check_class_row, [HEAD, TOGETHER]),
     "aggregate": (check_aggregate, [HEAD, TOGETHER]),
     "attention": (check_attention, [
         case for N in (0, 200)  # one pass in 16 bits; two passes
         for case in (HEAD._replace(N=69 + N), TOGETHER._replace(N=101 - N // 4 + N),
-                     HEAD._replace(B=1, N=125 - N // 4 + N, scale=200.0))
+                     HEAD._replace(B=1, N=125 - N // 4 + N, scale=1000.0))
     ]),
-    "conv": (check_conv, [ODD, BLOCKS]),
-    "logits": (check_logits, [ODD._replace(D=72), BLOCKS]),
-    "class maps": (check_class_maps, [ODD._replace(D=72, K=7), BLOCKS._replace(D=136, K=7)]),
+    "conv": (check_conv, [ODD, WHOLE]),
+    "logits": (check_logits, [ODD, WHOLE]),
+    "class maps": (check_class_maps, [ODD._replace(K=7), WHOLE._replace(D=192, K=7)]),
 }
 
 
