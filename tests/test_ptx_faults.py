@@ -70,8 +70,8 @@ CASES = {  # a fault is seen if one of the check's cases that run the kernel fai
     "aggregate": (check_aggregate, [HEAD, TOGETHER]),
     "attention": (check_attention, [
         case for N in (0, 200)  # one pass in 16 bits; two passes
-        for case in (HEAD._replace(N=69 + N), TOGETHER._replace(N=101 - N // 4 + N),
-                     HEAD._replace(B=1, N=125 - N // 4 + N, scale=1000.0))
+        for case in (HEAD._replace(N=N + 69), TOGETHER._replace(N=N + 101),
+                     HEAD._replace(B=1, N=N + 125, scale=1000.0))
     ]),
     "conv": (check_conv, [ODD, WHOLE]),
     "logits": (check_logits, [ODD, WHOLE]),
