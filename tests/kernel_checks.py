@@ -237,6 +237,7 @@ class ConvCase(NamedTuple):
     pool: str = "gap"
     K: int = 3  # requested classes
     wanted: tuple[int, ...] | None = None  # the inputs whose gradients are asked for: all
+    level: float = 0.0  # added to x
     seed: int = 0
 
 
@@ -244,7 +245,7 @@ def conv_inputs(case: ConvCase):
     """x as the token view or with a layout of its own; scores, weight, bias."""
     B, D, C, G, h, w, k, dtype, layouts = case[:9]
     normal = random(case.seed)
-    x = normal(B, h * w + 1, D).to(dtype)[:, 1:].mT.unflatten(2, (h, w))
+    x = (normal(B, h * w + 1, D) + case.level).to(dtype)[:, 1:].mT.unflatten(2, (h, w))
     bias = normal(C).to(dtype) if case.bias else None
     inputs = x, normal(B, G).sigmoid().to(dtype), (normal(G, C, D, k, k) / 4).to(dtype), bias
     return [t if t is None or layout == "tokens" else laid_out(t, layout)

@@ -314,6 +314,40 @@ def test_any_of_the_gradients(name, wanted):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["attention", "class_maps"])
+def test_any_of_the_gradients_beside_torchs_own(name, backend):
+    """Of functions whose gradients torch computes in part or altogether."""
+    inputs = [t.detach() for t in arguments()[name]]
+    differentiable = [i for i, t in enumerate(inputs) if t.is_floating_point()]
+    for wanted in itertools.chain.from_iterable(
+            itertools.combinations(differentiable, n) for n in (1, 2, 3, 4)):
+        def run(functions, convert, **options):
+            leaves = [convert(t).clone() if i in differentiable else t
+                      for i, t in enumerate(inputs)]
+            for i in wanted:
+                leaves[i].requires_grad_()
+            outputs = [o for o in as_list(getattr(functions, name)(*leaves, **options))
+                       if o.requires_grad]
+            upstream = [torch.linspace(-1, 1, o.numel()).view(o.shape).to(o) for o in outputs]
+            return torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream,
+                                       allow_unused=True)
+
+        exact = run(reference, torch.Tensor.double)
+        found = run(kernels, torch.Tensor.clone, backend=backend)
+        for i, a, e in zip(wanted, found, exact, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5, msg=f"{wanted}: {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("check", [check_conv, check_logits, check_class_maps])
+def test_sums_beyond_float16(check, dtype):
+    """196 positions of 60, each up to nine times in a padded pool."""
+    case = ConvCase(B=1, D=9, C=7, h=14, w=14, level=60.0, dtype=dtype)
+    for pool in ("gap", "padded"):
+        check(kernels, case._replace(pool=pool))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["attention", "aggregate_attention"])
 def test_maps_are_float32_under_autocast(name, backend):
     """And as exact as that, for inputs that autocast has rounded to bfloat16."""

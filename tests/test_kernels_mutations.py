@@ -18,8 +18,8 @@ from triton.runtime.errors import InterpreterError
 
 import kernels
 from kernel_checks import (
-    AttentionCase, ConvCase, check_aggregate, check_attention, check_class_maps, check_class_row,
-    check_conv, check_logits,
+    AttentionCase, ConvCase, check_aggregate, check_attention, check_class_ids, check_class_maps,
+    check_class_row, check_conv, check_logits,
 )
 from kernels.meter import measure
 
@@ -63,12 +63,20 @@ def padded_logits(module):
     check_logits(module, CONV._replace(pool="padded"))
 
 
+def large_sums(module):
+    check_logits(module, ConvCase(B=1, D=9, C=7, h=14, w=14, level=60.0, pool="padded", dtype=HALF))
+
+
+def class_ids(module):
+    check_class_ids(module, CONV._replace(K=9))
+
+
 def class_maps(module):
     check_class_maps(module, CONV._replace(layouts=("tokens",) + ("sliced",) * 3, K=9))
 
 
 CHECKS = (two_passes, one_pass, low_scores, contiguous_v, class_row, aggregate, conv, logits,
-          padded_logits, class_maps)
+          padded_logits, large_sums, class_maps, class_ids)
 
 # (file, function, source of the node, its replacement, the check that must fail); a source
 # "name = 2" addresses the third value assigned to `name`, of which the replacement takes the place
@@ -170,6 +178,9 @@ MUTATIONS = {
     "padded pool: a corner too light": (
         "cdm.py", "window_counts", "1 + (column > 0).to(tl.int32)", "(column > 0).to(tl.int32)",
         padded_logits),
+    "window sums: a sum in float16": (
+        "cdm.py", "window_sums_kernel", "mean = 0",
+        "acc.to(tl.float16).to(tl.float32) / (9 * H * W if PADDED else H * W)", large_sums),
     "window sums backward: a swapped tap": (
         "cdm.py", "window_sums_backward_kernel", "counts = 0",
         "window_counts(p[:, None], 8 - tap[None, :], H, W, KERNEL, PADDED)", logits),
@@ -179,6 +190,13 @@ MUTATIONS = {
     "class maps: the first image's classes": (
         "cdm.py", "class_products_kernel", "classes + b * K + n // TAPS", "classes + n // TAPS",
         class_maps),
+    "class maps: an unknown class's weights": (
+        "cdm.py", "class_products_kernel", "(c >= 0) & (c < C)", "(c >= 0) & (c <= C)", class_ids),
+    "class maps: an unknown class of zeros": (
+        "cdm.py", "class_products_kernel", "float('nan')", "0.0", class_ids),
+    "class maps: ids cut to 32 bits": (
+        "cdm.py", "class_products_kernel", "c = 0",
+        "tl.load(classes + b * K + n // TAPS, mask=n < K * TAPS, other=0).to(tl.int32)", class_ids),
     "class maps: a lost block of classes": (
         "cdm.py", "class_products", "triton.cdiv(K * k * k, columns)",
         "max(1, K * k * k // columns)", class_maps),

@@ -1,5 +1,6 @@
 """docs/kernels.md's tables are docs/results/traffic.json and compile.json, and name all kernels."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -47,6 +48,21 @@ def test_compile_table():
             ]
             found = [row[key] for key in ("registers", "tensor_core", "load_bytes")]
             assert cell == " / ".join(map(str, found)), (kernel, target)
+
+
+def test_planted_faults_table():
+    rows = json.loads((ROOT / "docs/results/ptx_faults.json").read_text())["rows"]
+    found = {}
+    for row in rows:
+        planted, seen = found.get(row["fault"], (0, 0))
+        found[row["fault"]] = planted + row["planted"], seen + row["seen"]
+    found["in all"] = tuple(map(sum, zip(*found.values())))
+    assert {(row["sm"], row["dtype"]) for row in rows} == set(
+        itertools.product((80, 90), ("float32", "bfloat16")))
+    assert {row["kernel"] for row in rows} == KERNELS
+    shown = {fault: (int(planted), int(seen)) for fault, planted, seen in table(
+        "fault", "planted", "seen")}
+    assert shown == found
 
 
 def test_compiled_counts_and_limits():
