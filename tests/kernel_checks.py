@@ -143,6 +143,7 @@ class AttentionCase(NamedTuple):
     layouts: tuple[str, ...] = ("packed",) * 3  # of q, k, v; A has the first
     scale: float = 1.0  # of q: how large scores get
     shift: float = 0.0  # lowers all scores by shift^2 / sqrt(d)
+    same: bool = False  # one query and one value for all tokens: errors do not average out
     wanted: str = "qk"  # whose gradients are asked for of class_row
     seed: int = 0
 
@@ -151,6 +152,8 @@ def attention_inputs(case: AttentionCase):
     """q, k, v: views of one packed projection, but for those with a layout of their own."""
     normal, T = random(case.seed), case.N + 1
     packed = normal(case.B, T, 3, case.S, case.d)
+    if case.same:
+        packed[:, :, 0::2] = packed[:, :1, 0::2].clone()
     packed[:, :, 0] *= case.scale
     packed[:, :, 0, :, 0] += case.shift
     packed[:, :, 1, :, 0] -= case.shift
@@ -311,7 +314,7 @@ ATTENTION = st.builds(
     N=st.sampled_from([1, 2, 13, 31, 33, 64, 65, 67, 127, 255, 256]),
     d=st.sampled_from([8, 16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
     layouts=st.tuples(*[st.sampled_from(["packed", *LAYOUTS])] * 3),
-    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]),
+    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]), same=st.booleans(),
     wanted=st.sampled_from(["qk", "q", "k"]), seed=st.integers(0, 2**20),
 )
 CONVOLUTION = st.builds(

@@ -10,6 +10,7 @@ import pathlib
 import re
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -40,6 +41,19 @@ def test_compiled_kernels_equal_their_twins(name, dtype, sm):
         assert launched, "no kernel ran"
 
     hold(name, run, 6, quick)
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("check, case", [
+    (check_attention, AttentionCase(N=40, d=16, same=True)),
+    (check_conv, ConvCase(B=1)), (check_logits, ConvCase(B=1)), (check_class_maps, ConvCase(B=1)),
+])
+def test_float32_is_float32_unless_torch_may_take_tf32(check, case, sm):
+    with ptx.emulated(sm):
+        check(kernels, case)
+        torch.set_float32_matmul_precision("high")  # conftest resets it
+        with pytest.raises(AssertionError, match="off by"):
+            check(kernels, case)
 
 
 def test_every_instruction_that_kernels_use_is_tested_by_itself():
