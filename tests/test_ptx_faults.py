@@ -59,12 +59,12 @@ FAULTS = {
     "selection turned": (r"(selp\.\w+\s+\S+ )(\S+), (\S+),", r"\1\3, \2,"),
     "or for and": (r"\band\.pred", "or.pred"),
 }
-MOST = 12  # sites of a fault in one kernel, evenly spaced: loops are unrolled
+MOST = 8  # sites of a fault in one kernel, evenly spaced: loops are unrolled
 
 HEAD = AttentionCase(B=2, S=2, N=69, d=32)  # what is compiled does not depend on B and N
 TOGETHER = HEAD._replace(B=1, N=126, layouts=("contiguous",) * 3, same=True)
-ODD = ConvCase(B=1, D=61, C=61, G=3, h=9, w=13)  # a little less than whole tiles
-WHOLE = ConvCase(B=1, D=64, C=64, G=4, h=8, w=16, layouts=("contiguous",) * 4)
+ODD = ConvCase(B=1, D=61, C=61, G=3, h=3, w=13)  # a little less than whole tiles
+WHOLE = ConvCase(B=1, D=64, C=64, G=2, h=4, w=16, layouts=("contiguous",) * 4)
 CASES = {  # a fault is seen if one of the check's cases that run the kernel fails
     "class row": (check_class_row, [HEAD, TOGETHER]),
     "aggregate": (check_aggregate, [HEAD, TOGETHER]),
