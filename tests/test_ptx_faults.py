@@ -6,6 +6,7 @@
 docs/kernels.md says why the rest changes nothing.
 """
 
+import datetime
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from kernel_checks import (
     AttentionCase, ConvCase, check_aggregate, check_attention, check_class_maps, check_class_row,
     check_conv, check_logits,
 )
+from support.common import commit, machine
 
 TABLE = pathlib.Path(__file__).resolve().parent.parent / "docs/results/ptx_faults.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -158,12 +160,13 @@ def test_a_fault_in_the_compiled_code_is_seen(check, case, fault, sm):
 def main() -> None:
     found = [row for sm in (80, 90) for dtype in DTYPES for name in CASES
              for row in rows(name, dtype, sm)]
-    about = {"command": "python tests/test_ptx_faults.py"}
+    about = {"command": "python tests/test_ptx_faults.py", "commit": commit(),
+             "machine": machine(), "date": str(datetime.date.today())}
     TABLE.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
-    for fault in FAULTS:
-        planted, seen = (sum(row[key] for row in found if row["fault"] == fault)
+    for fault in (*FAULTS, ""):
+        planted, seen = (sum(row[key] for row in found if row["fault"] == fault or not fault)
                          for key in ("planted", "seen"))
-        print(f"{fault}: {seen} of {planted}")
+        print(f"| {fault or 'in all'} | {planted} | {seen} |")
 
 
 if __name__ == "__main__":
