@@ -425,6 +425,18 @@ def test_class_ids_out_of_range(ids):
             assert pairs[:, i].isfinite().all() if i in valid else pairs[:, i].isnan().all()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_unknown_classes_on_a_gpu_are_nan(backend, monkeypatch):
+    """There nobody reads the ids before the kernel runs: maps with their bias, known ones as ever."""
+    inputs = conv_inputs(ConvCase(B=1))
+    known, mixed = torch.tensor([[3, 20, 5, 0]]), torch.tensor([[3, -1, 21, 0]])
+    expected = kernels.class_maps(*inputs, known, backend=backend)
+    monkeypatch.setattr(kernels, "check_classes", lambda *_: None)
+    found = kernels.class_maps(*inputs, mixed, backend=backend)
+    assert found[:, 1:3].isnan().all()
+    torch.testing.assert_close(found[:, [0, 3]], expected[:, [0, 3]])
+
+
 def far(tensor: torch.Tensor) -> torch.Tensor:
     """The same values with images 2^31 elements apart, in memory that nobody touches in between."""
     stride = 2**31 + 8
