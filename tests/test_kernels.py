@@ -427,7 +427,7 @@ def test_class_ids_out_of_range(ids):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_unknown_classes_on_a_gpu_are_nan(backend, monkeypatch):
-    """There nobody reads the ids before the kernel runs: maps with their bias, known ones as ever."""
+    """There nobody reads the ids before the kernel runs. The known ones are as ever."""
     inputs = conv_inputs(ConvCase(B=1))
     known, mixed = torch.tensor([[3, 20, 5, 0]]), torch.tensor([[3, -1, 21, 0]])
     expected = kernels.class_maps(*inputs, known, backend=backend)
