@@ -376,25 +376,29 @@ def launch(kernel, args, kwargs, grid, sm: int, edit=None) -> None:
 
 
 def run(kernel: Kernel, grid, values: list) -> None:
-    """Every program of a grid; `values` are tensors, integers and floats."""
-    storages = {}
+    """Every program of a grid; `values` are tensors, integers and floats.
+
+    Storages get addresses 2^40 apart, so that a stray access never meets a neighbour's memory.
+    """
+    regions = {}  # by the storage's real address
     for value in values:
         if isinstance(value, torch.Tensor) and value.untyped_storage().nbytes():
             storage = value.untyped_storage()
-            storages[storage.data_ptr()] = storage
-    regions = [
-        Region(low, np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(low)))
-        for low, storage in storages.items()]
+            start = storage.data_ptr()
+            low = (len(regions) + 1 << 40) + start % 64
+            memory = (ctypes.c_uint8 * storage.nbytes()).from_address(start)
+            regions.setdefault(start, Region(low, np.ctypeslib.as_array(memory)))
 
     def bits(value):
         if isinstance(value, torch.Tensor):
-            return value.data_ptr()
+            start = value.untyped_storage().data_ptr()
+            return regions[start].low + value.data_ptr() - start if start in regions else 0
         if isinstance(value, float):
             return struct.unpack("<I", struct.pack("<f", value))[0]
         return value
 
     arguments = dict(zip(kernel.parameters, map(bits, values), strict=True))
-    memory = Memory("global", regions)
+    memory = Memory("global", list(regions.values()))
     grid = (*grid, 1, 1)[:3]
     for z, y, x in itertools.product(*map(range, reversed(grid))):
         Program(kernel, (x, y, z), grid, arguments, memory).run()
