@@ -28,39 +28,32 @@ import multiprocessing
 import os
 import signal
 import sys
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from support.annotations import (nfc, notes_of, of_class, parse_box, place_all, read_boxes,
-                                 read_synsets, read_table)
-from support.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
+from support.pictures.annotations import place_all
+from support.pictures.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
                            draw_birds)
 from support.common import Parser, pair, progress, write_text
-from support.convert import READERS as CONVERTERS
-from support.convert import convert
-from support.figures import class_name, fit_text, is_ours, put, write_png
-from support.folders import (flatten, has_val, image_names, list_classes, list_flat, list_images,
-                             list_split)
-from support.pictures import (MEAN, STD, DataError, check_images, clip_boxes,  # noqa: F401
-                              denormalise, fixed_view, load_image, normalise, open_image,
-                              random_view, resize_view)
+from support.pictures.convert import READERS as CONVERTERS
+from support.pictures.convert import convert
+from support.report.figures import class_name, fit_text, is_ours, put, write_png
+from support.pictures.folders import has_val
+from support.pictures.decode import DataError, open_image  # noqa: F401
+from support.pictures.readers import read_cub, read_folder, read_ilsvrc, spread
+from support.pictures.views import (check_images, clip_boxes, denormalise,  # noqa: F401
+                                    fixed_view, load_image, normalise, random_view,
+                                    resize_view)
 
 # ---------------------------------------------------------------- synthetic birds
-
-
-def _spread(n: int, limit: int | None) -> Sequence[int]:
-    """Indices of `limit` of n samples, evenly spread; of all without a limit."""
-    return range(n) if limit is None or limit >= n else [i * n // limit for i in range(limit)]
 
 
 class Birds(Dataset):
@@ -77,7 +70,7 @@ class Birds(Dataset):
         self.name, self.split, self.img_size, self.crop = "synthetic", split, img_size, crop
         self.classes, self.num_palettes, self.notes = SPECIES[:species], len(PALETTES), []
         self.augment, self.seed, self.epoch = augment, seed, 0
-        self.indices = _spread(BIRDS[split], limit)
+        self.indices = spread(BIRDS[split], limit)
         draw = partial(draw_birds, BIRD_STREAMS[split], img_size, species)
         drawn = in_processes(draw, self.indices, "drawing birds, 250 each")
         self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
@@ -141,179 +134,6 @@ def _ignore_interrupt(*_):
 
 
 # ---------------------------------------------------------------- image files
-
-
-class Samples(NamedTuple):
-    """What a reader of annotations returns: image i is folder / paths[i], of class
-    classes[labels[i]]; boxes[i] is its list of (xmin, ymin, xmax, ymax).
-    """
-    classes: list[str]
-    folder: Path
-    paths: list[str]
-    labels: Sequence[int]
-    boxes: list[list]
-    notes: list[str]
-    # each image's file of boxes and the image size that it states; None where boxes.csv or CUB has
-    # them, in pixels of the upright image
-    annotations: list[tuple[Path | None, tuple[int, int] | None]] | None = None
-
-
-def read_cub(root: Path, split: str, limit: int | None) -> Samples:
-    """The official CUB_200_2011 folder, with any number of classes: classes.txt, images.txt,
-    image_class_labels.txt, train_test_split.txt, bounding_boxes.txt (x y width height, in pixels of
-    the upright image) and images/. Every image needs a line in each.
-    """
-    def box(text):
-        x, y, width, height = map(float, text.split())
-        return parse_box(x, y, x + width, y + height)
-
-    classes = read_table(root / "classes.txt", "'<class id> <name>'", str)
-    if classes.keys() != set(range(1, len(classes) + 1)):
-        raise DataError(f"{root / 'classes.txt'}: found {len(classes)} ids from {min(classes)} to "
-                        f"{max(classes)}, needs 1 to {len(classes)}")
-    images = read_table(root / "images.txt", "'<image id> <path below images/>'", str)
-    lines = {}
-    for number, path in images.values():
-        if lines.setdefault(path, number) != number:
-            raise DataError(
-                f"{root / 'images.txt'}:{number}: {path} is on line {lines[path]} already")
-
-    def annotation(name, needed, parse):
-        table = read_table(root / name, needed, parse)
-        for key in table:
-            if key not in images:
-                raise DataError(
-                    f"{root / name}:{table[key][0]}: image id {key} is not in images.txt")
-        for key in images:
-            if key not in table:
-                raise DataError(
-                    f"{root / name}: no line for image id {key} (images.txt:{images[key][0]})")
-        return {key: value for key, (_, value) in table.items()}
-
-    labels = annotation("image_class_labels.txt", "'<image id> <class id>', a class of classes.txt",
-                        {str(key): key - 1 for key in classes}.__getitem__)
-    splits = annotation("train_test_split.txt", "'<image id> <1 for train, 0 for test>'",
-                        {"1": "train", "0": "test"}.__getitem__)
-    boxes = annotation("bounding_boxes.txt",
-                       "'<image id> <x> <y> <width> <height>', finite, the sizes above 0", box)
-
-    keys = [key for key in images if splits[key] == split]
-    keys = [keys[i] for i in _spread(len(keys), limit)]
-    for number, path in map(images.get, keys):
-        if not os.path.isfile(root / "images" / path):
-            raise DataError(f"{root / 'images' / path}: no such image (images.txt:{number})")
-    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images",
-                   [images[key][1] for key in keys], [labels[key] for key in keys],
-                   [[boxes[key]] for key in keys], [])
-
-
-def first(*candidates: Path) -> Path | None:
-    return next((path for path in candidates if path.exists()), None)
-
-
-def read_ilsvrc(
-    root: Path, split: str, limit: int | None, classes: Sequence[str] | None = None
-) -> Samples:
-    """ILSVRC 2012 as the challenge lays it out (CLS-LOC); "test" is its validation set, "val" does
-    not exist.
-
-    images       train/<wnid>/*.JPEG, and val/*.JPEG or val/<wnid>/*.JPEG,
-                 in root/ILSVRC/Data/CLS-LOC, root/Data/CLS-LOC or root
-    annotations  for val only, <the image's name>.xml, flat or in folders, in
-                 root/ILSVRC/Annotations/CLS-LOC/val, root/Annotations/CLS-LOC/val,
-                 root/Annotations/val or beside the images; a flat val's labels are theirs
-    classes      the lines "<wnid> <words>" of LOC_synset_mapping.txt in root or above it, else
-                 train's folders, sorted; or those given, wnids or words
-    frame        an XML's boxes are in pixels of a picture of its <size>: see place_boxes
-
-    """
-    images = first(root / "ILSVRC/Data/CLS-LOC", root / "Data/CLS-LOC") or root
-    folder = images / ("train" if split == "train" else "val")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder: needs {images / 'train'}/<wnid>/*.JPEG and "
-                        "val/*.JPEG beside it")
-    wnids, names = ilsvrc_classes(root, images, classes)
-    if split == "train":
-        found, notes = list_images(folder, wnids, complete=True)
-        paths, labels = flatten(found, wnids)
-        kept = _spread(len(paths), limit)
-        paths, labels = [paths[i] for i in kept], array("i", (labels[i] for i in kept))
-        return Samples(names, folder, paths, labels, [()] * len(kept), notes)
-
-    # the images of val, with labels if they lie in class folders
-    paths, notes = list_flat(folder, {".xml"})
-    labels = None
-    if not paths:
-        found, notes = list_images(folder, wnids, complete=False, known={".xml"})
-        paths, labels = flatten(found, wnids)
-    stems = {}
-    for i, path in enumerate(paths):
-        if (twin := stems.setdefault(Path(path).stem, i)) != i:
-            raise DataError(f"{folder / path}: shares its name with {paths[twin]}, needs its own "
-                            "for its annotation")
-
-    # their annotations
-    annotations = first(root / "ILSVRC/Annotations/CLS-LOC/val", root / "Annotations/CLS-LOC/val",
-                        root / "Annotations/val")
-    files = {}
-    for file in sorted((annotations or folder).rglob("*.xml")):
-        if (twin := files.setdefault(file.stem, file)) != file and file.stem in stems:
-            raise DataError(f"{file}: is of the same image as {twin}, needs one of them")
-    if labels is None and not files:
-        raise DataError(f"{annotations or folder}: no XML annotations, needs them for the labels "
-                        f"of {folder}")
-    bare = [folder / paths[i] for stem, i in stems.items() if stem not in files]
-    notes += notes_of({
-        "annotations have no image and are ignored":
-            [files[stem] for stem in sorted(files.keys() - stems.keys())],
-        "images have no annotation and are left out": bare if labels is None else []})
-    kept = [i for stem, i in stems.items() if labels is not None or stem in files]
-    kept = [kept[i] for i in _spread(len(kept), limit)]
-    label_of, kept_labels = {wnid: label for label, wnid in enumerate(wnids)}, array("i")
-    boxes, sources = [], []
-    for i in kept:
-        file, wnid = files.get(Path(paths[i]).stem), None if labels is None else wnids[labels[i]]
-        wnid, rows, stated = of_class(file, wnid) if file else (wnid, [], None)
-        if wnid not in label_of:
-            raise DataError(f"{file}: class {wnid!r} is not one of the {len(wnids)} that training "
-                            "has")
-        kept_labels.append(label_of[wnid])
-        boxes.append(rows)
-        sources.append((file, stated))
-    return Samples(names, folder, [paths[i] for i in kept], kept_labels, boxes, notes, sources)
-
-
-def ilsvrc_classes(
-    root: Path, images: Path, given: Sequence[str] | None
-) -> tuple[list[str], list[str]]:
-    """The wnids in the order of their labels, and the names of their classes."""
-    mapping = "LOC_synset_mapping.txt"
-    mapping = first(root / mapping, root.resolve().parent / mapping)
-    words = read_synsets(mapping) if mapping else {}
-    wnids, names = list(words), list(words.values())
-    if given and list(given) != names and (not mapping or words.keys() >= set(given)):
-        return list(given), list(given)
-    if not mapping:
-        wnids = names = list_classes(images / "train").folders
-    return wnids, names
-
-
-def read_folder(
-    root: Path, split: str, limit: int | None, classes: Sequence[str] | None = None
-) -> Samples:
-    """Your own: train/<class>/*, test/<class>/*, perhaps val/<class>/*; or <class>/* alone, split
-    80 / 10 / 10 by a hash of each file's name. The classes are those given, else train's folders,
-    sorted. boxes.csv, if any, has rows path,xmin,ymin,xmax,ymax, perhaps below a header of these
-    words: the path from root, the box in pixels of the upright image, any number per image.
-    """
-    classes, folder, images, notes = list_split(root, split, classes)
-    paths, labels = flatten(images, classes)
-    kept = _spread(len(paths), limit)
-    paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
-    boxes, more = read_boxes(root, image_names(root))
-    prefix = "" if folder == root else f"{split}/"
-    boxes = [boxes.get(nfc(prefix + path), []) for path in paths]
-    return Samples(classes, folder, paths, labels, boxes, notes + more)
 
 
 class Pictures(Dataset):

@@ -46,13 +46,13 @@ from support.boxes import (baseline_iou, box_iou, enlarge, largest_boxes, score_
                            to_input)
 from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
                             write_atomic, write_json, write_text)
-from support.failures import FAILURES, HIT, failure_groups, failure_kinds
-from support.figures import (Examples, draw_curve, draw_failures, draw_gallery, evenly, is_ours,
+from support.report.failures import FAILURES, HIT, failure_groups, failure_kinds
+from support.report.figures import (Examples, draw_curve, draw_failures, draw_gallery, evenly, is_ours,
                              write_png)
-from support.flags import parse_flags as evaluate_flags
-from support.outputs import claim, find_images, run_names
-from support.photographs import Viewer, write_photographs
-from support.table import format_table
+from support.runs.evaluate_flags import parse_flags as evaluate_flags
+from support.report.outputs import claim, find_images, run_names
+from support.report.photographs import Viewer, write_photographs
+from support.report.table import format_table
 
 THRESHOLDS = [i / 100 for i in range(100)]  # of curves and oracles
 DEFAULT_THRESHOLD = 0.2  # CAM's, for a checkpoint that names none

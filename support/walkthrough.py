@@ -9,7 +9,7 @@ from torch import Tensor
 
 from support import weights
 from support.common import last_line, write_atomic
-from support.pictures import load_image
+from support.pictures.views import load_image
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.common import last_line, pair, printable
-from support.pictures import MEAN, STD
+from support.pictures.views import MEAN, STD
 
 # what content of another kind raises
 LOAD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

@@ -7,7 +7,7 @@ import torch
 import data
 import evaluate
 import train
-from support import birds
+from support.pictures import birds
 
 
 def shapes(label):

@@ -16,7 +16,8 @@ from PIL import Image
 
 import data
 from helpers import (CUB_CLASSES, WNIDS, error_of, noise, picture, same_samples, write_ilsvrc, xml)
-from support import birds, pictures
+from support.pictures import birds
+from support.pictures import decode as pictures
 
 SCRIPT = Path(data.__file__)
 # pytest undoes the filter of support/pictures.py

@@ -22,7 +22,7 @@ import data
 import evaluate
 from evaluate import largest_boxes
 from lctr import COUPLINGS, LCTR, Localization, fuse
-from support import figures
+from support.report import figures
 
 # ---------------------------------------------------------------- scoring
 
@@ -1007,7 +1007,7 @@ def test_amp_reaches_the_forward_pass_and_the_report(checkpoint, tmp_path, capsy
 
 
 def test_the_default_precision_is_train_pys(monkeypatch):
-    monkeypatch.setattr("support.flags.open_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("support.runs.evaluate_flags.open_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert evaluate.parse_flags(["--checkpoint", "x"]).amp == "bf16"
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)

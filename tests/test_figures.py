@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support import figures
+from support.report import figures
 
 # Machado et al. (2009), full severity: linear RGB to what such a reader sees
 COLOUR_BLIND = {

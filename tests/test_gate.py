@@ -1,4 +1,4 @@
-"""docs/gate.py on a tiny backbone and a few pictures."""
+"""docs/experiments/gate.py on a tiny backbone and a few pictures."""
 
 import json
 import runpy
@@ -15,7 +15,7 @@ def test_rows_of_both_heads(tmp_path, cub, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gate.py", "--root", str(cub), "--img-size", "28",
                                       "--pretrained", str(tmp_path / "v.pth"),
                                       "--json", str(tmp_path / "rows.json")])
-    runpy.run_path(str(ROOT / "docs/gate.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "docs/experiments/gate.py"), run_name="__main__")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert len(rows) == 3 * 3 * 2
     for row in rows:

@@ -79,7 +79,7 @@ def test_command(command, place):
             tiny = TINY["train.py"].split()
             status, errors = torchrun(*flags, *tiny, "--out", place / "run")
             assert status == 0 and (place / "run/metrics.json").exists(), errors
-        case ["python", "docs/speed.py" | "docs/study.py" | "docs/gate.py" | "docs/seeds.py", *_]:
+        case ["python", "docs/speed.py" | "docs/experiments/study.py" | "docs/experiments/gate.py" | "docs/experiments/seeds.py", *_]:
             assert help_of(command.split()[1])  # their own tests run them
         case _:
             pytest.fail(f"no test knows how to run {command!r}")

@@ -1,4 +1,4 @@
-"""docs/seeds.py: means, paired differences and their intervals, of runs with known figures."""
+"""docs/experiments/seeds.py: means, paired differences and their intervals, of runs with known figures."""
 
 import json
 import runpy
@@ -24,7 +24,7 @@ def write_run(folder, head, seed, ious, **changes):
 
 def seeds(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["seeds.py", *map(str, arguments)])
-    runpy.run_path(str(ROOT / "docs/seeds.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "docs/experiments/seeds.py"), run_name="__main__")
 
 
 def test_means_and_paired_difference(tmp_path, monkeypatch):

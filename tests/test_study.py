@@ -1,4 +1,4 @@
-"""docs/study.py on a few tiny birds, and its statistics against closed forms."""
+"""docs/experiments/study.py on a few tiny birds, and its statistics against closed forms."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from lctr import LCTR, load_checkpoint
 ROOT = Path(__file__).parent.parent
 TINY = ("--limit-test 24 --img-size 32 --embed-dim 12 --depth 2 --num-heads 2 --batch-size 8 "
         "--epochs 1 --pretrain-epochs 1 --limit-train 17").split()
-spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "study.py")
+spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "experiments" / "study.py")
 study = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(study)
 

@@ -23,7 +23,8 @@ import data
 import evaluate
 import train
 from lctr import load_checkpoint
-from support import common, runs
+from support import common
+from support.runs import folder as runs
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 ROOT = Path(__file__).parent.parent
@@ -625,7 +626,7 @@ def test_resume_refuses_other_data_and_what_is_not_the_last(tmp_path, finished, 
 
 def test_one_process_at_a_time_writes_into_a_run(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    code = ("import sys, pathlib; from support.runs import lock; "
+    code = ("import sys, pathlib; from support.runs.folder import lock; "
             "held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

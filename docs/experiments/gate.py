@@ -1,6 +1,6 @@
 """How the CDM's scores fare at different learning rates: heads alone, on a frozen backbone.
 
-    python docs/gate.py --root PHOTOS --pretrained vit_s14.pth [--json FILE]
+    python docs/experiments/gate.py --root PHOTOS --pretrained vit_s14.pth [--json FILE]
 
 PHOTOS has CUB's layout. The backbone's tokens and maps are computed once; then each head trains
 on them for 60 steps of 32 images with train.py's optimizer and schedule, for three rates and three
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import data
 import evaluate
@@ -117,7 +117,7 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     if flags.json:
-        about = {"command": "python docs/gate.py --root PHOTOS --pretrained VIT_S14.pth",
+        about = {"command": "python docs/experiments/gate.py --root PHOTOS --pretrained VIT_S14.pth",
                  "commit": commit(), "date": str(datetime.date.today()), "machine": machine()}
         write_json(flags.json, about | {"rows": rows})
 

@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support.annotations import (UNTOLD, misfit, nfc, notes_of, parse_box, place_boxes,
+from support.pictures.annotations import (UNTOLD, misfit, nfc, notes_of, parse_box, place_boxes,
                                  read_objects, read_size, read_text)
-from support.folders import SUFFIXES, images_below
-from support.pictures import DataError, Decoded, decode
+from support.pictures.folders import SUFFIXES, images_below
+from support.pictures.decode import DataError, Decoded, decode
 
 UNMATCHED = "annotations are of no image below --root and are left out"
 OTHER_CLASS = "boxes are of another class than their image's folder and are left out"

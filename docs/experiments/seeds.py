@@ -1,6 +1,6 @@
 """Means over seeds of finished runs of train.py, and what the CDM is worth over a static head.
 
-    python docs/seeds.py RUN [RUN ...] [--json FILE]
+    python docs/experiments/seeds.py RUN [RUN ...] [--json FILE]
 
 RUN: a run's folder. Runs must differ in --head and --seed alone. A difference is paired: LCTR's
 hits less TS-CAM + RPAM's on the same test images, the seeds' hits averaged first; its interval and
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluate import HIT
 from support.common import commit, machine, write_json
@@ -73,7 +73,7 @@ def main() -> None:
                                            "interval_95": [float(low), float(high)]}
     print(json.dumps({name: value for name, value in result.items() if name != "runs"}, indent=2))
     if flags.json:
-        about = {"command": "python docs/seeds.py RUN RUN ...", "commit": commit(),
+        about = {"command": "python docs/experiments/seeds.py RUN RUN ...", "commit": commit(),
                  "date": str(datetime.date.today()), "machine": machine()}
         write_json(flags.json, about | result)
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 from helpers import call, picture, script_error
-from support.convert import convert
+from support.pictures.convert import convert
 
 SIZE = "<size><width>60</width><height>40</height><depth>3</depth></size>"
 A, B, C = "test/cat/a.jpg", "test/cat/b.png", "test/dog/c.jpg"

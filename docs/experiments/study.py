@@ -1,8 +1,8 @@
 """The ablation study: the paper's Tables 5 to 8, and what the paper leaves open.
 
-    python docs/study.py all --jobs 2  # synthetic birds
-    python docs/study.py 8 --seeds 5 --species 45  # birds that are harder to tell apart
-    python docs/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
+    python docs/experiments/study.py all --jobs 2  # synthetic birds
+    python docs/experiments/study.py 8 --seeds 5 --species 45  # birds that are harder to tell apart
+    python docs/experiments/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
 
 Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two
 regimes, which differ in the image labels of the pretraining alone: species and palette (the class
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import data
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_all(flags, extra, regimes, tables)
         known = json.loads(results.read_text()) if results.exists() else {}
-        about = {"command": f"python docs/study.py {shlex.join(argv)}", "commit": commit(),
+        about = {"command": f"python docs/experiments/study.py {shlex.join(argv)}", "commit": commit(),
                  "date": str(datetime.date.today()), "machine": machine(), "seeds": flags.seeds}
         for regime in regimes:
             for table in tables:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from support.common import printable
-from support.pictures import DataError, Decoded
+from support.pictures.decode import DataError, Decoded
 
 
 def read_text(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from support.common import printable, write_json
-from support.figures import is_ours
+from support.report.figures import is_ours
 
 MANIFEST = "manifest.json"  # in each folder of outputs: {"written_by", "files"}
 WRITTEN_BY = "evaluate.py"

@@ -15,7 +15,8 @@ import evaluate
 import train
 from helpers import (WNIDS, call, error_of, make_cub, noise, picture, save_checkpoint,
                      script_error, write_ilsvrc, xml)
-from support import folders, pictures
+from support.pictures import decode as pictures
+from support.pictures import folders
 
 BOX = (5, 10, 25, 35)
 

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.annotations import nfc, notes_of
-from support.pictures import DataError
+from support.pictures.annotations import nfc, notes_of
+from support.pictures.decode import DataError
 
 SUFFIXES = set(".apng .avif .bmp .dib .gif .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm "
                ".ppm .qoi .tga .tif .tiff .webp".split())  # what Pillow decodes

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/kernels.md").read_text()
 TRAFFIC, COMPILED = (
     json.loads((ROOT / f"docs/results/{name}.json").read_text())["rows"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.common import (AMP, Parser, choose_amp, img_size_flag, number, open_device,
                             threshold_flag)
-from support.outputs import RUN_FILES
+from support.report.outputs import RUN_FILES
 
 # flags that do nothing with --images, and those that then serve --threshold auto alone
 WITH_IMAGES_UNUSED = ("split", "gt_class", "save_maps", "profile")

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import lctr
 from lctr import LCTR, MODEL_FLAGS, VisionTransformer, load_checkpoint, load_pretrained
 from support import walkthrough, weights
-from support.pictures import normalise
+from support.pictures.views import normalise
 
 D, S, L, P, SIDE = 12, 2, 3, 4, 4  # width, heads, blocks, pixels of a patch, patches of a side
 SIZE = dict(img_size=P * SIDE, patch_size=P, embed_dim=D, depth=L, num_heads=S)

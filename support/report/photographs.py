@@ -11,8 +11,8 @@ from torch import Tensor
 
 from support.boxes import largest_boxes, to_image
 from support.common import minmax, write_json
-from support.figures import class_name, draw_own, write_png
-from support.outputs import claim, output_names, printable
+from support.report.figures import class_name, draw_own, write_png
+from support.report.outputs import claim, output_names, printable
 
 
 class Viewer(NamedTuple):

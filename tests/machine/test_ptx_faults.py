@@ -1,7 +1,7 @@
 """Faults planted in the compiled code, one at a time: what the tests see of them.
 
-    python tests/test_ptx_faults.py            # plants them all, half an hour on a core: the table
-    pytest tests/test_ptx_faults.py -m full    # the same, against the table
+    python tests/machine/test_ptx_faults.py            # plants them all, half an hour on a core: the table
+    pytest tests/machine/test_ptx_faults.py -m full    # the same, against the table
 
 docs/kernels.md says why the rest changes nothing.
 """
@@ -14,7 +14,7 @@ import re
 import sys
 
 os.environ["TRITON_INTERPRET"] = "1"  # as conftest.py has it
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from kernel_checks import (
 )
 from support.common import commit, machine
 
-TABLE = pathlib.Path(__file__).resolve().parent.parent / "docs/results/ptx_faults.json"
+TABLE = pathlib.Path(__file__).resolve().parents[2] / "docs/results/ptx_faults.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -163,7 +163,7 @@ def test_a_fault_in_the_compiled_code_is_seen(check, case, fault, sm):
 def main() -> None:
     found = [row for sm in (80, 90) for dtype in DTYPES for name in CASES
              for row in rows(name, dtype, sm)]
-    about = {"command": "python tests/test_ptx_faults.py", "commit": commit(),
+    about = {"command": "python tests/machine/test_ptx_faults.py", "commit": commit(),
              "machine": machine(), "date": str(datetime.date.today())}
     TABLE.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
     for fault in (*FAULTS, ""):

@@ -1,0 +1,1 @@
+"""Picture files and their annotations: decoding, reading, converting; the synthetic birds."""

@@ -1,0 +1,1 @@
+"""A run folder of train.py, and the flags of both scripts."""
