@@ -31,14 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
-from lctr import ARCHITECTURES, HEADS, LCTR, MODEL_FLAGS, load_checkpoint, load_pretrained
+from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_checkpoint, load_pretrained
 from support.common import (FlagError, autocast, one_line, progress, write_atomic, write_json)
 from support.report.figures import draw_loss, write_png
 from support.runs.folder import (PHASES, Stop, adopt, check_data, check_finite, count_stuck,
                           cut_log, find_saved, load_data, lock, log, log_epoch, process, read_log,
                           restore, say, say_plan, score_spread, write_checkpoint)
 from support.runs.train_flags import read_flags
-from support.weights import read_weights
+from support.weights import HEADS, read_weights
 
 PAPER = dict(  # "Implementation Details", CUB-200-2011; the warm-up is the authors' code's
     arch="small", img_size=224, patch_size=16, head="cdm", num_kernels=4, kernel_size=3,

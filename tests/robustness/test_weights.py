@@ -748,7 +748,7 @@ def test_another_head_is_refused(tmp_path, change, words):
 
 def export(monkeypatch, *arguments):
     monkeypatch.setattr("sys.argv", ["lctr.py", "--export", *map(str, arguments)])
-    walkthrough.main(lctr)
+    walkthrough.main(lctr.LCTR, lctr.load_checkpoint, lctr.trace)
 
 
 @pytest.mark.parametrize("config", [
