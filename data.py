@@ -39,7 +39,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from support.pictures.annotations import place_all
+from support.pictures.annotations import nfc, place_all
 from support.pictures.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
                            draw_birds)
 from support.common import Parser, pair, progress, write_text
@@ -142,7 +142,8 @@ class Pictures(Dataset):
     def __init__(self, name, samples, split, img_size, crop, augment, seed):
         self.classes, self.folder, paths, labels, boxes, self.notes, annotations = samples
         if not len(labels):
-            raise DataError(f"{self.folder}: no images for split {split!r} of {name}")
+            raise DataError("; ".join([f"{self.folder}: no images for split {split!r} of {name}",
+                                       *self.notes]))
         self.name, self.split, self.img_size, self.crop = name, split, img_size, crop
         self.augment, self.seed, self.epoch = augment, seed, 0
         # bytes in one array: 1.3 million paths take 60 MB, which forked workers share
@@ -244,7 +245,7 @@ def digest(dataset: Dataset) -> str:
         paths = [f"{dataset.split}/{index}" for index in dataset.indices]
     else:
         paths = map(os.fsdecode, dataset.paths)
-    pairs = "".join(f"{path}\t{label}\n" for path, label in zip(paths, dataset.labels))
+    pairs = "".join(f"{nfc(path)}\t{label}\n" for path, label in zip(paths, dataset.labels))
     return hashlib.sha256(os.fsencode(pairs)).hexdigest()
 
 

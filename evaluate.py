@@ -46,11 +46,13 @@ from support.boxes import (baseline_iou, box_iou, enlarge, largest_boxes, score_
                            to_input)
 from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
                             write_atomic, write_json, write_text)
+from support.pictures.annotations import nfc
+from support.pictures.folders import find_images
 from support.report.failures import FAILURES, HIT, failure_groups, failure_kinds
 from support.report.figures import (Examples, draw_curve, draw_failures, draw_gallery, evenly, is_ours,
                              write_png)
 from support.runs.evaluate_flags import parse_flags as evaluate_flags
-from support.report.outputs import claim, find_images, run_names
+from support.report.outputs import claim, run_names
 from support.report.photographs import Viewer, write_photographs
 from support.report.table import format_table
 
@@ -449,7 +451,9 @@ def own_photographs(subject: "Subject", flags: Namespace, threshold: float) -> i
         maps = stack_couplings(localization, couplings)[:, :, 0]  # (B, Q, h, w)
         return localization.logits, enlarge(maps, model.img_size)
 
-    paths = find_images(flags.images)
+    paths, notes = find_images(flags.images)
+    for note in notes:
+        print(f"note: {note}")
     if not paths:
         raise ValueError(f"--images: no picture in {', '.join(map(printable, flags.images))}")
     viewer = Viewer(
@@ -560,8 +564,8 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
     found = dataset.classes
     if subject.checkpoint["phase"] in ("external", "foreign") and len(known) == len(found):
         known = found  # the file has no names to compare
-    if list(known) != list(found):
-        i = next((i for i, (a, b) in enumerate(zip(known, found)) if a != b),
+    if list(map(nfc, known)) != list(map(nfc, found)):
+        i = next((i for i, (a, b) in enumerate(zip(known, found)) if nfc(a) != nfc(b)),
                  min(len(known), len(found)))
         names = [repr(c[i]) if i < len(c) else "nothing" for c in (known, found)]
         raise ValueError(

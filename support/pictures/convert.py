@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from support.pictures.annotations import (UNTOLD, misfit, nfc, notes_of, parse_box, place_boxes,
                                  read_objects, read_size, read_text)
-from support.pictures.folders import SUFFIXES, images_below
+from support.pictures.folders import SUFFIXES, list_below
 from support.pictures.decode import DataError, Decoded, decode
 
 UNMATCHED = "annotations are of no image below --root and are left out"
@@ -98,7 +98,7 @@ def match(
     shares more folder names with it has it.
     """
     by_stem, found = {}, {}
-    for path in (os.path.relpath(path, root) for path in images_below(root)):
+    for path in (os.path.relpath(path, root) for path in list_below(root)[0]):
         by_stem.setdefault(stem_of(path), []).append(path)
 
     def shared(picture: str, name: str) -> tuple[int, bool]:

@@ -1,6 +1,4 @@
-"""Pictures: any file to upright RGB, a view of it, the network's input. Anything wrong is
-DataError.
-"""
+"""A picture's file, decoded to upright RGB. Anything wrong is a DataError that names the file."""
 
 import warnings
 from pathlib import Path
@@ -17,6 +15,13 @@ TURNS = dict(enumerate((  # EXIF's orientations from 2 on, and what makes them u
     Image.Transpose.ROTATE_90), 2))
 warnings.filterwarnings("ignore", module="PIL")  # what matters arrives as an exception
 
+# Pillow's formats that hold a picture in pixels, whatever a file's name says. Left out are documents
+# (PostScript would start Ghostscript), films, and data that Pillow only recognises (HDF5, GRIB).
+Image.init()
+FORMATS = [name for name in (
+    "JPEG PNG GIF BMP PPM WEBP TIFF AVIF JPEG2000 PSD QOI DDS ICNS ICO CUR DIB DCX PCX SGI SUN "
+    "BLP FTEX GBR IM MSP PIXAR XBM XPM TGA").split() if name in Image.OPEN]
+
 
 class DataError(ValueError):
     """A file of a data set is wrong. The message is one line, even where a name has line breaks;
@@ -32,10 +37,10 @@ class DataError(ValueError):
 class Decoded(NamedTuple):
     """What a file holds."""
 
-    picture: Image.Image | None  # upright, in RGB, perhaps reduced; None where it was not asked for
+    picture: Image.Image | None  # upright, in RGB, perhaps reduced; None where it is not needed
     size: tuple[int, int]  # (width, height) of the upright original
     stored: tuple[int, int]  # its size as the file has it, before EXIF's orientation
-    orientation: int  # EXIF's, 1 to 8: above 4 rows and columns change places
+    orientation: int  # EXIF's, 1 to 8: above 4 rows and columns are swapped
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -52,7 +57,7 @@ def decode(path, at_least=None, header_only=False) -> Decoded:
     """
     try:
         # a file, not its name: by name Pillow maps grey TIFFs into memory, and turns them wrongly
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             orientation, turned = _orientation(image), image.format == "TIFF"  # by Pillow, on load
             stored, sideways = image.size, orientation > 4
             size = stored[::-1] if sideways else stored
@@ -68,7 +73,7 @@ def decode(path, at_least=None, header_only=False) -> Decoded:
     except FileNotFoundError:
         raise DataError(f"{path}: no such image") from None
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: cannot be read as an image (of no kind that Pillow knows)"
+        raise DataError(f"{path}: cannot be read as an image (of no kind that is read here)"
                         ) from error
     # Pillow's plugins raise nearly anything on a broken file
     except Exception as error:

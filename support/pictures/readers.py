@@ -1,7 +1,5 @@
 """What annotations say of each data set: image paths, labels, boxes."""
 
-from __future__ import annotations
-
 import os
 from array import array
 from collections.abc import Sequence
@@ -11,8 +9,8 @@ from typing import NamedTuple
 from support.pictures.annotations import (nfc, notes_of, of_class, parse_box, read_boxes,
                                           read_synsets, read_table)
 from support.pictures.decode import DataError
-from support.pictures.folders import (flatten, image_names, list_classes, list_flat, list_images,
-                                      list_split)
+from support.pictures.folders import (flatten, image_names, list_classes, list_images,
+                                      list_one_level, list_split)
 
 
 def spread(n: int, limit: int | None) -> Sequence[int]:
@@ -111,68 +109,83 @@ def read_ilsvrc(
                         "val/*.JPEG beside it")
     wnids, names = ilsvrc_classes(root, images, classes)
     if split == "train":
-        found, notes = list_images(folder, wnids, complete=True)
-        paths, labels = flatten(found, wnids)
+        images, notes = list_images(folder, wnids, complete=True)
+        paths, labels = flatten(images)
         kept = spread(len(paths), limit)
-        paths, labels = [paths[i] for i in kept], array("i", (labels[i] for i in kept))
-        return Samples(names, folder, paths, labels, [()] * len(kept), notes)
+        labels = array("i", (labels[i] for i in kept))
+        return Samples(names, folder, [paths[i] for i in kept], labels, [()] * len(kept), notes)
 
-    # the images of val, with labels if they lie in class folders
-    paths, notes = list_flat(folder, {".xml"})
-    labels = None
-    if not paths:
-        found, notes = list_images(folder, wnids, complete=False, known={".xml"})
-        paths, labels = flatten(found, wnids)
-    stems = {}
-    for i, path in enumerate(paths):
-        if (twin := stems.setdefault(Path(path).stem, i)) != i:
-            raise DataError(f"{folder / path}: shares its name with {paths[twin]}, needs its own "
-                            "for its annotation")
-
-    # their annotations
+    # the images of val, their class if they lie in class folders, and their annotations
+    paths, class_of, notes = list_val(folder, wnids)
     annotations = first(root / "ILSVRC/Annotations/CLS-LOC/val", root / "Annotations/CLS-LOC/val",
-                        root / "Annotations/val")
-    files = {}
-    for file in sorted((annotations or folder).rglob("*.xml")):
-        if (twin := files.setdefault(file.stem, file)) != file and file.stem in stems:
-            raise DataError(f"{file}: is of the same image as {twin}, needs one of them")
-    if labels is None and not files:
-        raise DataError(f"{annotations or folder}: no XML annotations, needs them for the labels "
-                        f"of {folder}")
-    bare = [folder / paths[i] for stem, i in stems.items() if stem not in files]
-    notes += notes_of({
-        "annotations have no image and are ignored":
-            [files[stem] for stem in sorted(files.keys() - stems.keys())],
-        "images have no annotation and are left out": bare if labels is None else []})
-    kept = [i for stem, i in stems.items() if labels is not None or stem in files]
+                        root / "Annotations/val") or folder
+    files, more = find_annotations(annotations, folder, paths)
+    if paths and not class_of and not any(files):
+        raise DataError(f"{annotations}: no XML annotations, needs them for the labels of {folder}")
+
+    # a flat val's image without an annotation has no label
+    bare = [folder / path for path, file in zip(paths, files) if not file and not class_of]
+    notes += more + notes_of({"images have no annotation and are left out": bare})
+    kept = [i for i, file in enumerate(files) if file or class_of]
     kept = [kept[i] for i in spread(len(kept), limit)]
-    label_of, kept_labels = {wnid: label for label, wnid in enumerate(wnids)}, array("i")
+
+    label_of, labels = {wnid: label for label, wnid in enumerate(wnids)}, array("i")
     boxes, sources = [], []
     for i in kept:
-        file, wnid = files.get(Path(paths[i]).stem), None if labels is None else wnids[labels[i]]
-        wnid, rows, stated = of_class(file, wnid) if file else (wnid, [], None)
+        wnid, rows, stated = class_of.get(i), [], None
+        if files[i]:
+            wnid, rows, stated = of_class(files[i], wnid)
         if wnid not in label_of:
-            raise DataError(f"{file}: class {wnid!r} is not one of the {len(wnids)} that training "
-                            "has")
-        kept_labels.append(label_of[wnid])
+            raise DataError(f"{files[i]}: class {wnid!r} is not one of the {len(wnids)} that "
+                            "training has")
+        labels.append(label_of[wnid])
         boxes.append(rows)
-        sources.append((file, stated))
-    return Samples(names, folder, [paths[i] for i in kept], kept_labels, boxes, notes, sources)
+        sources.append((files[i], stated))
+    return Samples(names, folder, [paths[i] for i in kept], labels, boxes, notes, sources)
+
+
+def list_val(folder: Path, wnids: Sequence[str]) -> tuple[list[str], dict[int, str], list[str]]:
+    """Of ILSVRC's val: paths, {image's index: wnid} where they lie in class folders, notes."""
+    listing = list_one_level(folder, {".xml"})
+    if listing.images:
+        return listing.images, {}, notes_of(listing.left_out)
+    images, notes = list_images(folder, wnids, complete=False, known={".xml"})
+    paths, labels = flatten(images)
+    return paths, {i: wnids[label] for i, label in enumerate(labels)}, notes
+
+
+def find_annotations(
+    place: Path, folder: Path, paths: Sequence[str]
+) -> tuple[list[Path | None], list[str]]:
+    """The XML file of each image in `folder`, by its name, None where it has none; notes."""
+    images, files = {}, {}
+    for path in paths:
+        twin = images.setdefault(nfc(Path(path).stem), path)
+        if twin != path:
+            raise DataError(f"{folder / path}: shares its name with {twin}, needs its own for its "
+                            "annotation")
+    for file in sorted(place.rglob("*.xml")):
+        twin = files.setdefault(nfc(file.stem), file)
+        if twin != file and nfc(file.stem) in images:
+            raise DataError(f"{file}: is of the same image as {twin}, needs one of them")
+    astray = [files[stem] for stem in sorted(files.keys() - images.keys())]
+    return [files.get(stem) for stem in images], notes_of(
+        {"annotations have no image and are ignored": astray})
 
 
 def ilsvrc_classes(
     root: Path, images: Path, given: Sequence[str] | None
 ) -> tuple[list[str], list[str]]:
     """The wnids in the order of their labels, and the names of their classes."""
-    mapping = "LOC_synset_mapping.txt"
-    mapping = first(root / mapping, root.resolve().parent / mapping)
+    name = "LOC_synset_mapping.txt"
+    mapping = first(root / name, root.resolve().parent / name)
     words = read_synsets(mapping) if mapping else {}
-    wnids, names = list(words), list(words.values())
-    if given and list(given) != names and (not mapping or words.keys() >= set(given)):
+    if given and (not mapping or words.keys() >= set(given)):
         return list(given), list(given)
-    if not mapping:
-        wnids = names = list_classes(images / "train").folders
-    return wnids, names
+    if mapping:
+        return list(words), list(words.values())
+    wnids = list_classes(images / "train").folders
+    return wnids, wnids
 
 
 def read_folder(
@@ -184,7 +197,7 @@ def read_folder(
     words: the path from root, the box in pixels of the upright image, any number per image.
     """
     classes, folder, images, notes = list_split(root, split, classes)
-    paths, labels = flatten(images, classes)
+    paths, labels = flatten(images)
     kept = spread(len(paths), limit)
     paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
     boxes, more = read_boxes(root, image_names(root))

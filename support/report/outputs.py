@@ -1,12 +1,10 @@
-"""Which files a script may write: only its own are replaced. And the names of pictures found."""
+"""Which files a script may write: only its own are replaced. And their names."""
 
 import itertools
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image
 
 from support.common import printable, write_json
 from support.report.figures import is_ours
@@ -63,21 +61,6 @@ def output_names(paths: Sequence[Path]) -> list[str]:
         used.add(name.casefold())
         names.append(name)
     return names
-
-
-def find_images(places: Sequence[str]) -> list[Path]:
-    """Files as given, and in folders, however deep, all with an ending that Pillow knows.
-
-    Pictures that this script wrote are not among those of a folder.
-    """
-    endings, found = Image.registered_extensions(), []
-    for place in map(Path, places):
-        if not os.path.isdir(place):  # also where its name is too long
-            found.append(place)
-            continue
-        found += [path for path in sorted(place.rglob("*"))
-                  if path.suffix.lower() in endings and path.is_file() and not is_ours(path)]
-    return found
 
 
 def run_names(paths: Sequence[str]) -> list[str]:

@@ -15,8 +15,7 @@ import evaluate
 import train
 from helpers import (WNIDS, call, error_of, make_cub, noise, picture, save_checkpoint,
                      script_error, write_ilsvrc, xml)
-from support.pictures import decode as pictures
-from support.pictures import folders
+from support.pictures import folders, views
 
 BOX = (5, 10, 25, 35)
 
@@ -664,8 +663,8 @@ def test_the_check_takes_all_cores_and_names_the_first(cats, monkeypatch, cores)
 
 def test_the_check_decodes_as_scoring_does(cats, monkeypatch):
     """The same reduced JPEG: the same parts of a file are read."""
-    asked, decode = [], pictures.decode
-    monkeypatch.setattr(pictures, "decode", lambda *a: asked.append(a) or decode(*a))
+    asked, decode = [], views.decode
+    monkeypatch.setattr(views, "decode", lambda *a: asked.append(a) or decode(*a))
     for crop in (None, 20):
         dataset = load("folder", cats, crop=crop)
         checked = asked[:]
