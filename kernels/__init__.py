@@ -87,11 +87,15 @@ def dynamic_conv2d(
     """Eq. 6: image b of x is convolved with sum_g scores[b, g] weight[g] -> (B, C, h, w).
 
     x: (B, D, h, w), any strides. scores: (B, G). weight: (G, C, D, k, k), k 1 or 3, zero padding
-    k // 2. bias: (C) or None, not multiplied by the scores. Differentiable in all four.
+    k // 2. bias: (C) or None, not multiplied by the scores. Differentiable in all four: where a
+    gradient is needed torch computes it on every backend, for no path of the model trains through
+    all maps.
     """
     x, weight, bias = autocast(x, weight, bias)
     check_conv(x, scores, weight, bias)
     path = _path("cdm", "x", x, backend)
+    if _needs_grad(x, scores, weight, bias):
+        path = torch_path
     with autocast_off(x):
         return path.dynamic_conv2d(x, scores, weight, bias)
 
@@ -130,8 +134,7 @@ def class_maps(
 ) -> Tensor:
     """dynamic_conv2d at the requested classes only: classes (B, K) of ids -> (B, K, h, w).
 
-    The rest as there, but where a gradient is needed torch computes it on every backend: the
-    kernel is for localisation. An id outside 0 .. C-1 raises ValueError if `classes` is in CPU
+    The rest as there. An id outside 0 .. C-1 raises ValueError if `classes` is in CPU
     memory; on a GPU, where reading it would wait for the device, its map is NaN.
     """
     x, weight, bias = autocast(x, weight, bias)

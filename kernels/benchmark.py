@@ -1,12 +1,11 @@
-"""What the Triton kernels cost: in time on a GPU, in bytes and in machine code anywhere.
+"""What the Triton kernels cost: in time on a GPU, in machine code anywhere.
 
     python -m kernels.benchmark                        # on a GPU, minutes: times, roofline shares
-    python -m kernels.benchmark --traffic              # anywhere, a minute: exact bytes
     python -m kernels.benchmark --compile sm_80,sm_90  # anywhere, minutes: registers, instructions
     each with --json FILE: the rows of its table, as a list of objects
 
-All make the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --traffic runs them
-in Triton's interpreter; --compile stops each launch and compiles for the target what it would run.
+All make the same calls at DeiT-S's shape (224 px, patch 16, CUB's 200 classes). --compile stops each
+launch and compiles for the target what it would run.
 """
 
 import argparse
@@ -83,7 +82,7 @@ def cases(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Ca
     qkv = normal(B, T, 3, S, d).permute(2, 0, 3, 1, 4)  # views of one packed projection
     x = normal(B, T, D)[:, 1:].mT.unflatten(2, (h, w))  # the token view
     conv = (x, normal(B, G).sigmoid(), normal(G, C, D, k, k) / 64, normal(C))
-    leaves = tuple(t.requires_grad_() for t in conv)
+    leaves = tuple(t.detach().requires_grad_() for t in conv)
     classes = torch.arange(B * K, device=device).view(B, K) % C
     one_pass = T <= 256 and d <= 64 and dtype.itemsize == 2
     passes = ("class_row_kernel", "one_pass_kernel") if one_pass else (
@@ -102,19 +101,14 @@ def cases(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Ca
             kernels.aggregate_attention, (attn,),
             {"forward": ("aggregate_kernel",), "backward": ("aggregate_backward_kernel",)},
         ),
-        "dynamic_conv2d": Case(
-            kernels.dynamic_conv2d, leaves,
-            {"forward": ("conv_kernel",),
-             "backward": ("conv_kernel, transposed", "conv_weight_kernel")},
-        ),
+        "dynamic_conv2d": Case(kernels.dynamic_conv2d, conv, {"forward": ("conv_kernel",)}),
         "dynamic_conv_logits": Case(
             kernels.dynamic_conv_logits, leaves,
             {"forward": ("window_sums_kernel", "GEMM"),
              "backward": ("window_sums_backward_kernel", "GEMM, backward")},
         ),
         "class_maps": Case(
-            kernels.class_maps, (*(t.detach() for t in conv), classes),
-            {"forward": ("class_products_kernel",)},
+            kernels.class_maps, (*conv, classes), {"forward": ("class_products_kernel",)},
         ),
     }
 
@@ -149,13 +143,6 @@ def least_bytes(shape: Shape, itemsize: int) -> dict[str, dict[str, int]]:
         "conv_kernel": dict(
             x=B * N * D * e, scores=B * G * 4, weight=weight, bias=C * e, out=B * N * C * e,
         ),
-        "conv_kernel, transposed": dict(
-            x=B * N * C * e, scores=B * G * 4, weight=weight, out=B * N * D * e,
-        ),
-        "conv_weight_kernel": dict(
-            x=B * N * D * e, grad=B * N * C * e, scores=B * G * 4, weight=weight,
-            grad_weight=weight, grad_scores=B * G * 4,
-        ),
         "window_sums_kernel": dict(x=B * N * D * e, sums=B * D * k * k * e),
         "window_sums_backward_kernel": dict(grad_sums=B * D * k * k * e, grad_x=B * N * D * e),
         "GEMM": dict(weight=weight, logits=B * C * e),  # torch's, the rest of dynamic_conv_logits
@@ -180,44 +167,10 @@ def least_operations(shape: Shape) -> dict[tuple[str, str], int]:
         ("aggregate_attention", "forward"): 2 * B * S * T * T,
         ("aggregate_attention", "backward"): 2 * B * S * T * T,
         ("dynamic_conv2d", "forward"): conv,
-        ("dynamic_conv2d", "backward"): 2 * conv,
         ("dynamic_conv_logits", "forward"): gemm,
         ("dynamic_conv_logits", "backward"): 2 * gemm,
         ("class_maps", "forward"): 2 * B * K * N * D * k * k,
     }
-
-
-# ----------------------------------------------------------------------------------- --traffic
-
-
-def metered(shape: Shape, dtype: torch.dtype) -> Iterator[tuple]:
-    """(kernel, meter.Launch) of every launch of every case, in Triton's interpreter."""
-    from . import meter
-
-    for case in cases(shape, dtype).values():
-        with meter.measure() as launches:
-            outputs = case.forward("triton")
-            if "backward" in case.kernels:
-                case.gradient(outputs)
-        for launch in launches:
-            transposed = launch.kernel == "conv_kernel" and "bias" not in launch.tensors
-            yield launch.kernel + ", transposed" * transposed, launch
-
-
-def traffic(shape: Shape = Shape(), dtype: torch.dtype = torch.bfloat16) -> list[dict]:
-    """A row per kernel and tensor: bytes at least, touched, and asked for by loads and stores.
-
-    Up to 256 tokens 16-bit attention takes one pass; the two passes' rows are float32's.
-    """
-    rows = {}
-    for width in (dtype, torch.float32):
-        least = least_bytes(shape, width.itemsize)
-        for kernel, launch in metered(shape, width):
-            for name, used in launch.tensors.items():
-                row = {"kernel": kernel, "tensor": name, "least": least[kernel][name],
-                       "unique": used.unique, "issued": used.issued}
-                rows.setdefault((kernel, name), row)
-    return list(rows.values())
 
 
 # ----------------------------------------------------------------------------------- --compile
@@ -450,10 +403,8 @@ def write_rows(path: str, rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--traffic", action="store_true", help="count bytes in the interpreter")
-    mode.add_argument("--compile", metavar="TARGETS",
-                      help=f"comma-separated, of {', '.join(SHARED_MEMORY)}")
+    parser.add_argument("--compile", metavar="TARGETS",
+                        help=f"comma-separated, of {', '.join(SHARED_MEMORY)}")
     parser.add_argument("--json", metavar="FILE", help="write the rows there as well")
     args = parser.parse_args()
     targets = args.compile.split(",") if args.compile is not None else []
@@ -462,15 +413,12 @@ def main() -> None:
             parser.error(f"--compile: got {target!r}, need some of {', '.join(SHARED_MEMORY)}")
 
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.10 changes its default
-    os.environ["TRITON_INTERPRET"] = "1" if args.traffic else "0"  # before triton is imported
-    if args.traffic:
-        rows = traffic()
-        print_table([row | {"ratio": row["issued"] / row["least"]} for row in rows])
-    elif targets or torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported
+    if targets or torch.cuda.is_available():
         rows = compiled(targets) if targets else times()
         print_table(rows)
     else:
-        sys.exit("benchmark: error: no GPU: times need CUDA; --traffic and --compile run anywhere")
+        sys.exit("benchmark: error: no GPU: times need CUDA; --compile runs anywhere")
     if args.json:
         write_rows(args.json, rows)
 

@@ -7,13 +7,14 @@
 
 One convolution, and an operator for each use of it, which computes what that use needs:
 
-    dynamic_conv2d  all C maps, and all gradients
+    dynamic_conv2d  all C maps
     window_sums     what the logits need of X: their convolution is one small matrix product
     class_products  the maps of K requested classes
 
 x may have any strides: the token view, whose channels lie together, is read without a copy. Maps
-and dX are written channels-last, as conv_kernel reads them fastest. Sums are float32. No atomics:
-the same bits on every run. Offsets inside an image, or a kernel W_g, are 32-bit numbers.
+are written channels-last. Sums are float32. No atomics: the same bits on every run. Offsets inside
+an image, or a kernel W_g, are 32-bit numbers. The gradients of all maps and of requested classes'
+maps are torch's: no path of the model trains through them.
 
 All shapes but the batch and K are compile-time constants (h, w are H, W in the code): of a run-time
 integer Triton knows only whether 16 divides it, so rows of C = 200 would be loaded 2 bytes at a
@@ -34,12 +35,8 @@ from .launch import dot_precision, launch, short_offsets
 # some by bytes per element.
 BLOCKS = {
     "conv_kernel": {
-        2: dict(BLOCK_P=128, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=3),
-        4: dict(BLOCK_P=64, BLOCK_OUT=64, BLOCK_IN=32, num_warps=8, num_stages=2),
-    },
-    "conv_weight_kernel": {
-        2: dict(BLOCK_C=64, BLOCK_D=64, BLOCK_P=32, num_warps=8, num_stages=3),
-        4: dict(BLOCK_C=32, BLOCK_D=64, BLOCK_P=32, num_warps=8, num_stages=1),
+        2: dict(BLOCK_P=128, BLOCK_C=64, BLOCK_D=32, num_warps=8, num_stages=3),
+        4: dict(BLOCK_P=64, BLOCK_C=64, BLOCK_D=32, num_warps=8, num_stages=2),
     },
     "window_sums_kernel": dict(BLOCK_D=64, BLOCK_P=32, num_warps=4, num_stages=3),
     "window_sums_backward_kernel": dict(BLOCK_D=64, BLOCK_P=32, num_warps=4),
@@ -49,7 +46,6 @@ BLOCKS = {
     },
 }
 MAX_STAGED = 8  # kernels W_g whose tiles conv_kernel loads ahead; with more it loads none ahead
-MAX_GROUP = 4  # kernels W_g whose gradient tiles one program of conv_weight_kernel holds at a time
 
 
 # ---------------------------------------------------------------- dynamic_conv2d: Eq. 6, all C maps
@@ -59,222 +55,87 @@ MAX_GROUP = 4  # kernels W_g whose gradient tiles one program of conv_weight_ker
 #
 # torch writes and reads K_b: 177 MB for 128 images, C = 200, D = 384 in 16 bits. Here K_b is mixed
 # in registers, tile by tile, and never written. A program of conv_kernel owns BLOCK_P positions of
-# BLOCK_OUT channels of one image: a matrix product over taps and channels in. Tap t reads position
-# p + t, so each output is summed in registers and written once.
+# BLOCK_C classes of one image: a matrix product over taps and channels. Tap t reads position p + t,
+# so each output is summed in registers and written once.
 #
 # The price: each program mixes its tiles anew, so each block of positions of each image reads W
 # again, from L2 (5.5 MB at C = 200). This saves memory, hardly time, over a grouped convolution.
 # The model needs it only for localize(classes="all"): logits and requested classes cost less below.
-#
-# Gradients: dX is the transposed convolution, the same kernel with DIRECTION = -1, C channels to D.
-# dW_g = sum_b S[b, g] dK_b and dS[b, g] = <W_g, dK_b>, with
-# dK_b[c, t, d] = sum_p dY[b, c, p] X[b, d, p + t]: a program of conv_weight_kernel owns
-# BLOCK_C x BLOCK_D of one tap, in BLOCK_G of the kernels, so that it forms each image's tile of
-# dK_b once for both gradients; its share of dS is a partial sum, which torch adds up. No path of
-# the model trains through all maps: the kernel is here so that all of Eq. 6 can be differentiated,
-# and loops over the batch, which is slow for large ones.
 
 
 @triton.jit
 def conv_kernel(
-    x, scores, weight, bias,  # (B, IN, H, W); (B, G); (G, C, k*k, D) in memory; (C) or None
-    out,  # (B, H, W, OUT) in memory
-    stride_b: tl.constexpr, stride_c: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
-    stride_out: tl.constexpr, stride_in: tl.constexpr, stride_tap: tl.constexpr,  # weight's
-    stride_g: tl.constexpr,
-    H: tl.constexpr, W: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, G: tl.constexpr,
-    KERNEL: tl.constexpr, DIRECTION: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, PRECISION: tl.constexpr,
+    x, scores, weight, bias,  # (B, D, H, W); (B, G); (G, C, k*k, D) in memory; (C) or None
+    out,  # (B, H, W, C) in memory
+    stride_b: tl.constexpr, stride_d: tl.constexpr, stride_h: tl.constexpr, stride_w: tl.constexpr,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    KERNEL: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     b = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c_out = tl.program_id(2) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     x += b * stride_b
     scores += b * G
-    weight += c_out[None, :] * stride_out
-    out += b * H * W * OUT
-    steps: tl.constexpr = (IN + BLOCK_IN - 1) // BLOCK_IN
+    out += b * H * W * C
+    steps: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
 
-    acc = tl.zeros([BLOCK_P, BLOCK_OUT], tl.float32)
+    acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for step in range(KERNEL * KERNEL * steps):  # one loop, so that loads run ahead across taps
-        tap, c_in = step // steps, step % steps * BLOCK_IN + tl.arange(0, BLOCK_IN)
-        row = p // W + DIRECTION * (tap // KERNEL - KERNEL // 2)
-        column = p % W + DIRECTION * (tap % KERNEL - KERNEL // 2)
+        tap, d = step // steps, step % steps * BLOCK_D + tl.arange(0, BLOCK_D)
+        row = p // W + tap // KERNEL - KERNEL // 2
+        column = p % W + tap % KERNEL - KERNEL // 2
         inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
         x_tile = tl.load(
-            x + (row * stride_h + column * stride_w)[:, None] + c_in[None, :] * stride_c,
-            mask=inside[:, None] & (c_in[None, :] < IN), other=0.0,
+            x + (row * stride_h + column * stride_w)[:, None] + d[None, :] * stride_d,
+            mask=inside[:, None] & (d[None, :] < D), other=0.0,
         )
-        w_tiles = weight + tap * stride_tap + c_in[:, None] * stride_in
-        w_inside = (c_in[:, None] < IN) & (c_out[None, :] < OUT)
-        kernel = tl.zeros([BLOCK_IN, BLOCK_OUT], tl.float32)  # K_b's tile
+        w_tiles = weight + (c[None, :] * KERNEL * KERNEL + tap) * D + d[:, None]
+        w_inside = (d[:, None] < D) & (c[None, :] < C)
+        kernel = tl.zeros([BLOCK_D, BLOCK_C], tl.float32)  # K_b's tile
         for g in tl.static_range(G):
-            w_tile = tl.load(w_tiles + g * stride_g, mask=w_inside, other=0.0).to(tl.float32)
+            w_tile = tl.load(
+                w_tiles + g * C * KERNEL * KERNEL * D, mask=w_inside, other=0.0).to(tl.float32)
             kernel += tl.load(scores + g) * w_tile
         acc = tl.dot(x_tile, kernel.to(x_tile.dtype), acc, input_precision=PRECISION)
     if bias is not None:
-        acc += tl.load(bias + c_out, mask=c_out < OUT, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        out + p[:, None] * OUT + c_out[None, :],
+        out + p[:, None] * C + c[None, :],
         acc.to(out.dtype.element_ty),
-        mask=(p[:, None] < H * W) & (c_out[None, :] < OUT),
-    )
-
-
-@triton.jit
-def conv_weight_kernel(
-    x, grad, scores, weight,  # (B, D, H, W); dY (B, C, H, W); (B, G); (G, C, k*k, D) in memory
-    grad_weight, grad_scores,  # as weight; partial sums (C blocks, D blocks, k*k, B, G)
-    stride_xb: tl.constexpr, stride_xc: tl.constexpr,
-    stride_xh: tl.constexpr, stride_xw: tl.constexpr,
-    stride_yb: tl.constexpr, stride_yc: tl.constexpr,
-    stride_yh: tl.constexpr, stride_yw: tl.constexpr,
-    B, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
-    KERNEL: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
-):
-    taps: tl.constexpr = KERNEL * KERNEL
-    tap, first_g = tl.program_id(2) % taps, tl.program_id(2) // taps * BLOCK_G
-    g = tl.arange(0, BLOCK_G)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    group = first_g.to(tl.int64) * C * taps * D
-    weight += group
-    grad_weight += group
-    w_offsets = ((g[:, None, None] * C + c[None, :, None]) * taps + tap) * D + d[None, None, :]
-    g += first_g
-    w_inside = (g[:, None, None] < G) & (c[None, :, None] < C) & (d[None, None, :] < D)
-    tile = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)) * taps + tap
-    grad_scores += tile.to(tl.int64) * B * G
-
-    acc = tl.zeros([BLOCK_G, BLOCK_C, BLOCK_D], tl.float32)
-    for b in range(B):
-        grad_kernel = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)  # dK_b's tile
-        for start in range(0, H * W, BLOCK_P):
-            p = start + tl.arange(0, BLOCK_P)
-            row = p // W + tap // KERNEL - KERNEL // 2
-            column = p % W + tap % KERNEL - KERNEL // 2
-            inside = (p < H * W) & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-            x_tile = tl.load(
-                x + (row * stride_xh + column * stride_xw)[:, None] + d[None, :] * stride_xc,
-                mask=inside[:, None] & (d[None, :] < D), other=0.0,
-            )
-            y_tile = tl.load(
-                grad + (p // W * stride_yh + p % W * stride_yw)[:, None] + c[None, :] * stride_yc,
-                mask=(p[:, None] < H * W) & (c[None, :] < C), other=0.0,
-            )
-            grad_kernel = tl.dot(tl.trans(y_tile), x_tile, grad_kernel, input_precision=PRECISION)
-        score = tl.load(scores + b * G + g, mask=g < G, other=0.0)
-        acc += score[:, None, None] * grad_kernel[None, :, :]
-        w_tile = tl.load(weight + w_offsets, mask=w_inside, other=0.0).to(tl.float32)
-        share = tl.sum(tl.sum(w_tile * grad_kernel[None, :, :], 2), 1)
-        tl.store(grad_scores + b * G + g, share, mask=g < G)
-        x += stride_xb  # the next image
-        grad += stride_yb
-    tl.store(grad_weight + w_offsets, acc.to(grad_weight.dtype.element_ty), mask=w_inside)
-
-
-def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, D, h, w), scores (B, G), weight (G, C, D, k, k), bias (C) or None -> (B, C, h, w)."""
-    # (G, C, k*k, D): one copy, for loads of 16 bytes
-    weight = weight.flatten(3).transpose(2, 3).contiguous()
-    return dynamic_conv2d_op(x, scores.float().contiguous(), weight, bias)
-
-
-def _launch_conv(
-    out: Tensor, x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, direction: int
-) -> None:
-    """x (B, IN, h, w), scores (B, G), weight (G, C, k*k, D) -> out (B, OUT, h, w)."""
-    x, weight = short_offsets("x", x, 1), short_offsets("weight", weight, 1)
-    B, IN, H, W = x.shape
-    G, C, taps, D = weight.shape
-    OUT, stride_out, stride_in = (C, taps * D, 1) if direction == 1 else (D, 1, taps * D)
-    blocks = BLOCKS["conv_kernel"][x.itemsize]
-    if G > MAX_STAGED:
-        blocks = blocks | dict(num_stages=1)
-    grid = (B, triton.cdiv(H * W, blocks["BLOCK_P"]), triton.cdiv(OUT, blocks["BLOCK_OUT"]))
-    launch(
-        conv_kernel, grid, x, scores, weight, None if bias is None else bias.contiguous(), out,
-        *x.stride(), stride_out, stride_in, D, C * taps * D, H, W, OUT, IN, G, round(taps**0.5),
-        direction, PRECISION=dot_precision(), **blocks,
+        mask=(p[:, None] < H * W) & (c[None, :] < C),
     )
 
 
 @torch.library.custom_op(f"{__package__}::dynamic_conv2d", mutates_args=())
-def dynamic_conv2d_op(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """As dynamic_conv2d, with weight (G, C, k*k, D) contiguous and scores contiguous float32."""
-    out = _maps_shape(x, scores, weight, bias)
-    _launch_conv(out, x, scores, weight, bias, direction=1)
-    return out
+def dynamic_conv2d(x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (B, D, h, w), scores (B, G), weight (G, C, D, k, k), bias (C) or None -> (B, C, h, w).
 
-
-@dynamic_conv2d_op.register_fake
-def _maps_shape(x, scores, weight, bias):
-    B, _, H, W = x.shape
-    return x.new_empty(B, H, W, weight.shape[1]).permute(0, 3, 1, 2)
-
-
-@torch.library.custom_op(f"{__package__}::dynamic_conv2d_grad_x", mutates_args=())
-def dynamic_conv2d_grad_x(grad: Tensor, scores: Tensor, weight: Tensor) -> Tensor:
-    """dY (B, C, h, w) -> dX (B, D, h, w), channels-last."""
-    out = _grad_x_shape(grad, scores, weight)
-    _launch_conv(out, grad, scores, weight, None, direction=-1)
-    return out
-
-
-@dynamic_conv2d_grad_x.register_fake
-def _grad_x_shape(grad, scores, weight):
-    B, _, H, W = grad.shape
-    return grad.new_empty(B, H, W, weight.shape[3]).permute(0, 3, 1, 2)
-
-
-@torch.library.custom_op(f"{__package__}::dynamic_conv2d_grad_weight", mutates_args=())
-def dynamic_conv2d_grad_weight(
-    grad: Tensor, x: Tensor, scores: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dY, X, S, W -> dW (G, C, k*k, D), dS (B, G)."""
-    grad, x = short_offsets("grad", grad, 1), short_offsets("x", x, 1)
+    No gradient.
+    """
+    # (G, C, k*k, D): one copy, for loads of 16 bytes
+    weight = short_offsets("weight", weight.flatten(3).transpose(2, 3).contiguous(), 1)
+    x = short_offsets("x", x, 1)
     B, D, H, W = x.shape
     G, C, taps, _ = weight.shape
-    blocks = BLOCKS["conv_weight_kernel"][x.itemsize]
-    group = min(triton.next_power_of_2(G), MAX_GROUP)
-    if group * C * taps * D >= 2**31:
-        raise ValueError(f"weight: got {C} classes, {D} channels and {taps} taps, its gradient's "
-                         f"Triton kernel needs fewer than 2^31 elements in {group} kernels")
-    tiles = (triton.cdiv(C, blocks["BLOCK_C"]), triton.cdiv(D, blocks["BLOCK_D"]))
-    grad_weight = torch.empty_like(weight)
-    partial = scores.new_empty(*tiles, taps, B, G)
+    out = x.new_empty(B, H, W, C).permute(0, 3, 1, 2)
+    short_offsets("maps", out, 1)
+    blocks = BLOCKS["conv_kernel"][x.itemsize]
+    if G > MAX_STAGED:
+        blocks = blocks | dict(num_stages=1)
+    grid = (B, triton.cdiv(H * W, blocks["BLOCK_P"]), triton.cdiv(C, blocks["BLOCK_C"]))
     launch(
-        conv_weight_kernel, (*tiles, taps * triton.cdiv(G, group)), x, grad, scores, weight,
-        grad_weight, partial, *x.stride(), *grad.stride(), B, H, W, C, D, G, round(taps**0.5),
-        group, PRECISION=dot_precision(), **blocks,
+        conv_kernel, grid, x, scores.float().contiguous(), weight,
+        None if bias is None else bias.contiguous(), out, *x.stride(), H, W, C, D, G,
+        round(taps**0.5), PRECISION=dot_precision(), **blocks,
     )
-    return grad_weight, partial.sum((0, 1, 2))  # (C blocks, D blocks, k*k, B, G) -> (B, G)
+    return out
 
 
-@dynamic_conv2d_grad_weight.register_fake
-def _grad_weight_shapes(grad, x, scores, weight):
-    return torch.empty_like(weight), torch.empty_like(scores)
-
-
-def _save_convolution(ctx, inputs, output):
-    x, scores, weight, bias = inputs
-    ctx.save_for_backward(x, scores, weight)
-
-
-def _convolution_gradients(ctx, grad):
-    x, scores, weight = ctx.saved_tensors
-    grad_x = grad_scores = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = dynamic_conv2d_grad_x(grad, scores, weight)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        grad_weight, grad_scores = dynamic_conv2d_grad_weight(grad, x, scores, weight)
-    if ctx.needs_input_grad[3]:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_x, grad_scores, grad_weight, grad_bias
-
-
-dynamic_conv2d_op.register_autograd(_convolution_gradients, setup_context=_save_convolution)
+@dynamic_conv2d.register_fake
+def _maps_shape(x, scores, weight, bias):
+    B, _, H, W = x.shape
+    return x.new_empty(B, H, W, weight.shape[1]).permute(0, 3, 1, 2)  # channels-last
 
 
 # ------------------------------------------------------------ window_sums: the maps' global average

@@ -188,7 +188,8 @@ def test_same_bits_again_and_a_batch_is_its_images(name):
 
 def test_gradients_have_the_same_bits_again():
     inputs = [t.requires_grad_() for t in conv_inputs(ConvCase(D=9, C=7))]
-    losses = [kernels.dynamic_conv2d(*inputs, backend="triton").square().sum() for _ in range(2)]
+    losses = [kernels.dynamic_conv_logits(*inputs, backend="triton").square().sum()
+              for _ in range(2)]
     first, second = (torch.autograd.grad(loss, inputs) for loss in losses)
     assert all(map(torch.equal, first, second))
 
@@ -236,19 +237,14 @@ def test_operators_pass_torchs_own_checks():
 
     given = arguments()
     q, k, v = (t.detach() for t in given["attention"])
-    leaf_x, leaf_scores, _, leaf_bias = given["dynamic_conv2d"]
-    x, scores, weight, _ = (t.detach() for t in given["dynamic_conv2d"])
-    weight_last = weight.flatten(3).mT.contiguous()
-    leaf_weight = weight_last.clone().requires_grad_()
-    maps = torch.randn(2, 7, 3, 5)
+    leaf_x = given["dynamic_conv2d"][0]
+    x, scores, weight, bias = (t.detach() for t in given["dynamic_conv2d"])
     for operator, inputs in (
         (rpam.aggregate_attention, given["aggregate_attention"]),
         (rpam.attention_relation, (q, k, v)),
         (rpam.class_scores, (q[:, :, 0].requires_grad_(), k.clone().requires_grad_())),
         (rpam.class_scores_backward, (torch.randn(2, 2, 6), q[:, :, 0], k)),
-        (cdm.dynamic_conv2d_op, (leaf_x, leaf_scores, leaf_weight, leaf_bias)),
-        (cdm.dynamic_conv2d_grad_x, (maps, scores, weight_last)),
-        (cdm.dynamic_conv2d_grad_weight, (maps, x, scores, weight_last)),
+        (cdm.dynamic_conv2d, (x, scores, weight, bias)),
         (cdm.window_sums, (leaf_x, 3, True)),
         (cdm.window_sums_backward, (torch.randn(2, 9, 9), 3, 5, 3, False)),
         (cdm.class_products, (x, scores, weight, given["class_maps"][4])),
@@ -270,14 +266,16 @@ def test_compiles_in_one_graph(name, compile_whole):
         torch.testing.assert_close(plain, compiled)
 
 
-def test_use_backend():
+def test_use_backend(monkeypatch):
     """Inner blocks and the keyword win over outer blocks; a block ends with an exception too."""
-    attn = torch.rand(1, 1, 3, 3).softmax(-1)
-    from kernels import meter
+    from kernels import rpam
+
+    attn, launches = torch.rand(1, 1, 3, 3).softmax(-1), []
+    monkeypatch.setattr(rpam, "launch", lambda *_, **options: launches.append(options))
 
     def launched(**backend):
-        with meter.measure() as launches:
-            kernels.aggregate_attention(attn, **backend)
+        launches.clear()
+        kernels.aggregate_attention(attn, **backend)
         return bool(launches)
 
     assert not launched()
@@ -307,14 +305,12 @@ def test_kernels_come_without_triton_until_they_run():
 @pytest.mark.parametrize("wanted", [
     subset for n in range(1, 5) for subset in itertools.combinations(range(4), n)
 ])
-@pytest.mark.parametrize("name", ["dynamic_conv2d", "dynamic_conv_logits"])
-def test_any_of_the_gradients(name, wanted):
-    check = check_conv if name == "dynamic_conv2d" else check_logits
-    check(kernels, ConvCase(D=9, C=7, wanted=wanted))
+def test_any_of_the_gradients(wanted):
+    check_logits(kernels, ConvCase(D=9, C=7, wanted=wanted))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["attention", "class_maps"])
+@pytest.mark.parametrize("name", ["attention", "dynamic_conv2d", "class_maps"])
 def test_any_of_the_gradients_beside_torchs_own(name, backend):
     """Of functions whose gradients torch computes in part or altogether."""
     inputs = [t.detach() for t in arguments()[name]]
@@ -510,24 +506,19 @@ def test_the_batch_is_on_the_grids_first_axis(monkeypatch):
     grids = {}
 
     def record(kernel, grid, *arguments, **options):
-        grids.setdefault((kernel.__name__, "bias" if "conv_kernel" in kernel.__name__ and
-                          arguments[3] is None else ""), []).append(grid)
+        grids.setdefault(kernel.__name__, []).append(grid)
 
     monkeypatch.setattr(cdm, "launch", record)
     monkeypatch.setattr(rpam, "launch", record)
     for B in (1, 3):
         for function, batch in calls(B).values():
-            if len(batch) == 3:  # without a gradient
-                function(*batch)
-            else:
+            function(*batch)
+            if len(batch) != 3:
                 leaves = [t.requires_grad_() for t in batch]
                 gradients(function(*leaves), leaves)
-    assert len(grids) >= 8
-    for (name, _), (one, three) in grids.items():
-        if name == "conv_weight_kernel":  # loops over the batch
-            assert one == three
-        else:
-            assert three == (3 * one[0], *one[1:]), name
+    assert len(grids) == 7
+    for name, (one, *_, three) in grids.items():
+        assert three == (3 * one[0], *one[1:]), name
 
 
 @pytest.mark.parametrize("setting, expected", [

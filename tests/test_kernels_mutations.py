@@ -14,14 +14,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton.runtime.errors import InterpreterError
 
 import kernels
 from kernel_checks import (
     AttentionCase, ConvCase, check_aggregate, check_attention, check_class_ids, check_class_maps,
     check_class_row, check_conv, check_logits,
 )
-from kernels.meter import measure
 
 ATTENTION, CONV = AttentionCase(), ConvCase(D=37, C=70, G=5)
 HALF = torch.float16
@@ -145,7 +143,8 @@ MUTATIONS = {
     "relation: M^c of the first image": (
         "rpam.py", "relation_kernel", "cls_attn + b * T + i", "cls_attn + i", two_passes),
     "conv: a wrong tap": (
-        "cdm.py", "conv_kernel", "tap * stride_tap", "(tap ^ 1) * stride_tap", conv),
+        "cdm.py", "conv_kernel", "c[None, :] * KERNEL * KERNEL + tap",
+        "c[None, :] * KERNEL * KERNEL + (tap ^ 1)", conv),
     "conv: a lost border row": (
         "cdm.py", "conv_kernel", "row < H", "row < H - 1", conv),
     "conv: columns that wrap around": (
@@ -154,22 +153,13 @@ MUTATIONS = {
         "cdm.py", "conv_kernel", "tl.load(scores + g) * w_tile", "w_tile", conv),
     "conv: scores of the first image": (
         "cdm.py", "conv_kernel", "b * G", "0 * G", conv),
-    "conv: a gradient that does not mirror": (
-        "cdm.py", "conv_kernel", "DIRECTION * (tap // KERNEL - KERNEL // 2)",
-        "tap // KERNEL - KERNEL // 2", conv),
     "conv: a weight in its own layout": (
         "cdm.py", "dynamic_conv2d", "weight.flatten(3).transpose(2, 3).contiguous()",
         "weight.flatten(3).reshape(*weight.shape[:2], -1, weight.shape[2]).contiguous()", conv),
     "conv: a bias taken for contiguous": (
-        "cdm.py", "_launch_conv", "bias.contiguous()", "bias", conv),
+        "cdm.py", "dynamic_conv2d", "bias.contiguous()", "bias", conv),
     "conv: scores taken for contiguous": (
         "cdm.py", "dynamic_conv2d", "scores.float().contiguous()", "scores.float()", conv),
-    "conv gradient: a dropped image": (
-        "cdm.py", "conv_weight_kernel", "range(B)", "range(1, B)", conv),
-    "conv gradient: kernels beyond the fourth": (
-        "cdm.py", "dynamic_conv2d_grad_weight", "taps * triton.cdiv(G, group)", "taps", conv),
-    "conv gradient: the first group's W": (
-        "cdm.py", "conv_weight_kernel", "group = 0", "first_g.to(tl.int64) * 0", conv),
     "window sums: a position that wraps around": (
         "cdm.py", "window_counts", "column < W", "column < W + 1", logits),
     "window sums: a mean over the window only": (
@@ -250,7 +240,7 @@ def planted(name: str, folder: pathlib.Path, file: str, *fault: str):
         text = path.read_text()
         if path.name == file:
             text = mutate(text, *fault)
-        if path.name in ("meter.py", "interpreter.py"):
+        if path.name == "interpreter.py":
             text = f"from kernels.{path.stem} import *"
         (package / path.name).write_text(text)
     return importlib.import_module(name)
@@ -266,5 +256,5 @@ def test_a_planted_fault_is_caught(number, tmp_path, monkeypatch):
     file, function, source, replacement, check = list(MUTATIONS.values())[number]
     monkeypatch.syspath_prepend(tmp_path)
     mutant = planted(f"mutant{number}", tmp_path, file, function, source, replacement)
-    with pytest.raises((AssertionError, InterpreterError), match="off by|out of bounds"), measure():
+    with pytest.raises(AssertionError, match="off by"):
         check(mutant)

@@ -1,8 +1,6 @@
-"""What the Triton kernels do to a machine: every byte that they touch, counted, and the code that
-compilers make of them."""
+"""How the interpreter rounds bfloat16, and the code that compilers make of the Triton kernels."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -15,126 +13,6 @@ pytest.importorskip("triton")
 import kernels
 from kernels import benchmark, cdm, rpam
 from kernels.benchmark import Shape
-from kernels.meter import measure
-
-# ------------------------------------------------------------------------------------------- memory
-
-
-def passes(shape: Shape, itemsize: int) -> dict[str, dict[str, float]]:
-    """How often each kernel may ask for each byte of an input, from what its programs own."""
-    B, S, d, h, w, D, C, G, k, K = shape
-    P, T, taps = h * w, h * w + 1, k * k
-    up = lambda a, b: math.ceil(a / b)
-    rows = max(128, max(16, 1 << (d - 1).bit_length()) * itemsize)
-    attention = rpam.BLOCKS["attention_kernel"][rows]
-    relation = up(T, rpam.BLOCKS["relation_kernel"][rows]["BLOCK_J"])
-    one_pass = rpam.BLOCKS["one_pass_kernel"][0]
-    row, keys = rpam.BLOCKS["class_row_kernel"], up(T, one_pass["BLOCK_I"])
-    aggregate, backward = rpam.BLOCKS["aggregate_kernel"], rpam.BLOCKS["aggregate_backward_kernel"]
-    conv, weight = cdm.BLOCKS["conv_kernel"][itemsize], cdm.BLOCKS["conv_weight_kernel"][itemsize]
-    spread = cdm.BLOCKS["window_sums_backward_kernel"]
-    classes = cdm.BLOCKS["class_products_kernel"][itemsize]
-    groups = up(G, cdm.MAX_GROUP)
-    images = up(P, conv["BLOCK_P"])
-    pairs = up(K * taps, 16 if K * taps <= 16 else 32 if K * taps <= 32 else 64)
-    return {
-        # Row 0 is read once more in all, and once more by each column block.
-        "aggregate_kernel": dict(attn=1 + (1 + up(T, aggregate["BLOCK_J"])) / T),
-        "aggregate_backward_kernel": dict(
-            attn=1, cls_attn=1, grad_relation=up(T, backward["BLOCK_I"]),
-        ),
-        "class_row_kernel": dict(q=up(T, row["BLOCK_J"])),
-        "class_row_backward_kernel": {},
-        "one_pass_kernel": dict(k=keys, v=keys, cls_attn=S),
-        "attention_kernel": dict(k=up(T, attention["BLOCK_I"]), v=up(T, attention["BLOCK_I"])),
-        "relation_kernel": dict(q=relation, k=1, lse=relation, cls_attn=S * relation),
-        # Each tap and each block of channels out reads the image; each image and each block of
-        # positions reads the weight.
-        "conv_kernel": dict(
-            x=taps * up(C, conv["BLOCK_OUT"]), weight=B * images, bias=B * images,
-            scores=images * up(C, conv["BLOCK_OUT"]) * taps * up(D, conv["BLOCK_IN"]),
-        ),
-        "conv_kernel, transposed": dict(
-            x=taps * up(D, conv["BLOCK_OUT"]), weight=B * images,
-            scores=images * up(D, conv["BLOCK_OUT"]) * taps * up(C, conv["BLOCK_IN"]),
-        ),
-        "conv_weight_kernel": dict(
-            x=taps * groups * up(C, weight["BLOCK_C"]),
-            grad=taps * groups * up(D, weight["BLOCK_D"]), weight=B,
-            scores=taps * up(C, weight["BLOCK_C"]) * up(D, weight["BLOCK_D"]),
-        ),
-        "window_sums_kernel": dict(x=1),
-        "window_sums_backward_kernel": dict(grad_sums=up(P, spread["BLOCK_P"])),
-        "class_products_kernel": dict(
-            x=pairs, weight=up(P, classes["BLOCK_P"]),
-            scores=up(P, classes["BLOCK_P"]) * pairs * up(D, classes["BLOCK_D"]),
-            classes=taps * up(P, classes["BLOCK_P"]),
-        ),
-    }
-
-
-@pytest.mark.parametrize("shape, dtype", [
-    (Shape(S=3, d=24, h=7, w=11, D=45, C=21, G=5, K=2), torch.float32),
-    (Shape(S=2, d=80, h=1, w=67, D=70, C=65, G=3, k=1, K=5), torch.bfloat16),
-    (Shape(S=2, d=128, h=9, w=15, D=33, C=17, G=2, K=8), torch.float32),
-    (Shape(S=3, d=24, h=9, w=15, D=33, C=17, G=2), torch.float16),
-], ids=str)
-def test_memory_traffic(shape, dtype):
-    """Every byte that must move is touched and no other, as often as the programs' shares say. One
-    program stores it."""
-    least, allowed = benchmark.least_bytes(shape, dtype.itemsize), passes(shape, dtype.itemsize)
-    for kernel, launch in benchmark.metered(shape, dtype):
-        assert launch.atomics == 0 and launch.stray == 0, kernel
-        assert launch.tensors.keys() == least[kernel].keys(), kernel
-        for name, access in launch.tensors.items():
-            what = f"{kernel}, {name}"
-            assert access.races == 0, what
-            if name in ("grad_scores", "partial") and launch.kernel != "class_row_backward_kernel":
-                # Partial sums, one for each program's tile: each written, none read.
-                assert access.unique == access.issued == access.tensor.nbytes, what
-                continue
-            assert access.unique == least[kernel][name], what
-            assert access.issued <= round(allowed[kernel].get(name, 1) * least[kernel][name]), what
-
-
-def test_deit_shape_reads_x_and_a_once():
-    """The kernels whose point is one read: issued is unique, but for RPAM's weights, row 0 of A."""
-    rows = {}
-    for name in ("aggregate_attention", "dynamic_conv_logits", "class_maps"):
-        with measure() as launches:
-            benchmark.cases(Shape(), torch.bfloat16)[name].forward("triton")
-        for launch in launches:
-            rows |= {(launch.kernel, tensor): used for tensor, used in launch.tensors.items()}
-    assert rows["aggregate_kernel", "attn"].unique == 2 * 6 * 197 * 197 * 2
-    assert rows["aggregate_kernel", "attn"].issued == 2 * 6 * (197 + 5) * 197 * 2
-    for kernel in ("window_sums_kernel", "class_products_kernel"):
-        assert rows[kernel, "x"].issued == rows[kernel, "x"].unique == 2 * 196 * 384 * 2
-
-
-def test_the_meter_sees_faults():
-    """A race, a store out of every tensor, and one in a tensor's storage but not in its view."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def store_kernel(out, OFFSET: tl.constexpr, STEP: tl.constexpr):
-        i = OFFSET + STEP * tl.program_id(0) + tl.arange(0, 4)
-        tl.store(out + i, i.to(tl.float32))
-
-    memory = torch.zeros(16)
-    with measure() as launches:
-        store_kernel[(2,)](memory, 0, 4)
-        store_kernel[(2,)](memory, 0, 2)
-        store_kernel[(2,)](memory[:6], 0, 4)
-        with pytest.raises(Exception, match="out of bounds"):
-            store_kernel[(2,)](memory, 12, 4)
-    good, race, stray, _ = launches
-    assert (good.tensors["out"].races, good.stray, good.programs) == (0, 0, 2)
-    assert (good.tensors["out"].unique, good.tensors["out"].issued) == (32, 32)
-    out = race.tensors["out"]
-    assert (out.races, out.unique, out.issued) == (2, 24, 32)
-    assert stray.stray == 2
-
 
 def test_bfloat16_in_the_interpreter_rounds_as_torch_does():
     import triton
@@ -281,16 +159,3 @@ def test_benchmark_says_what_it_lacks():
     assert errors.startswith("benchmark: error: no GPU") and errors.count("\n") == 1
     process = start("--compile", "sm_1")
     assert "--compile: got 'sm_1'" in process.communicate()[1] and process.returncode == 2
-
-
-def test_traffic_table(tmp_path, monkeypatch, capsys):
-    small = Shape(S=1, d=16, h=2, w=3, D=16, C=3, G=2)
-    monkeypatch.setattr(benchmark.traffic, "__defaults__", (small, torch.bfloat16))
-    file = tmp_path / "rows.json"
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--traffic", "--json", str(file)])
-    benchmark.main()
-    rows = json.loads(file.read_text())
-    columns = ["kernel", "tensor", "least", "unique", "issued"]
-    assert all(list(row) == columns for row in rows)
-    header, *lines = capsys.readouterr().out.splitlines()
-    assert header.split() == [*columns, "ratio"] and len(lines) == len(rows)
