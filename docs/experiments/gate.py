@@ -64,7 +64,7 @@ def fit(model: LCTR, images: dict, rate: float, seed: int) -> dict:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        means.append(0.5 if scores is None else scores.mean().item())
+        means.append(scores.mean().item())
     return {"loss": float(np.mean(losses[-10:])), "score_mean": [min(means), max(means)]}
 
 
@@ -73,12 +73,10 @@ def test(model: LCTR, images: dict, mean_scores: bool = False) -> dict:
     """Accuracy and boxes in percent; mean_scores: each image's scores replaced by their mean."""
     features = model.on_grid(images["tokens"][:, 1:])
     logits, scores = model.eval().classify(images["tokens"], images["cls_map"])
-    found = {}
-    if scores is not None:
-        found["score_std"] = scores.std(0).mean().item()
-        if mean_scores:
-            scores = scores.mean(0, keepdim=True).expand_as(scores).contiguous()
-        logits = model.cdm.logits(features, scores)
+    found = {"score_std": scores.std(0).mean().item()}
+    if mean_scores:
+        scores = scores.mean(0, keepdim=True).expand_as(scores).contiguous()
+        logits = model.conv_head.logits(features, scores)
     classes = logits.argmax(1, keepdim=True)
     maps = model.class_maps(images["tokens"], scores, classes)
     localization = Localization(logits, classes, maps, images["cls_map"], images["relation_map"])

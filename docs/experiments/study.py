@@ -155,7 +155,7 @@ def regions_of(model: LCTR, batch: dict) -> tuple[Tensor, Tensor]:
     """Which patches (B, h, w) have their centre in a box, and whose k x k window holds none."""
     (h, w), (H, W) = model.grid, model.img_size
     rows, columns = (torch.arange(h) + 0.5) * H / h, (torch.arange(w) + 0.5) * W / w
-    k = (model.cdm.weight if model.head_type == "cdm" else model.head.weight).shape[-1]
+    k = model.conv_head.conv_kernels().shape[-1]
     ground_truth = evaluate.to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
     x0, y0, x1, y1 = ground_truth.unbind(-1)  # (B, M) each
     tall = (rows >= y0[..., None]) & (rows < y1[..., None])  # (B, M, h)
@@ -170,7 +170,7 @@ def scores_of(model: LCTR, images: Tensor) -> tuple[Tensor, Tensor]:
     cls_map = model.on_grid(mean_over_blocks(attention, "cls")[:, 1:])
     scores, features = model.classify(tokens, cls_map)[1], model.on_grid(tokens[:, 1:])
     parts = [kernels.dynamic_conv_logits(features, one.expand_as(scores).contiguous(),
-                                         model.cdm.weight, None, model.pool)
+                                         model.cdm.weight, None, model.cdm.pool)
              for one in torch.eye(scores.shape[1])]
     return scores, torch.stack(parts, 1)
 
