@@ -2,7 +2,7 @@
 folder of your own.
 
     load_dataset(name, root, split, img_size)          a torch Dataset; dataset[i] is a dict:
-        image   (3, H, W) float32, normalised by ImageNet's mean and standard deviation
+        image   (3, H, W) uint8; normalise(images) makes the network's input of it
         label   int, an index of dataset.classes
         boxes   (M, 4) float32, half-open xyxy in pixels of the upright original; M may be 0
         size    (width, height) of the upright original
@@ -28,7 +28,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain
@@ -49,14 +49,55 @@ from support.report.figures import class_name, fit_text, is_ours, put, write_png
 from support.pictures.folders import has_val
 from support.pictures.decode import DataError, open_image  # noqa: F401
 from support.pictures.readers import read_cub, read_folder, read_ilsvrc, spread
-from support.pictures.views import (check_images, clip_boxes, denormalise,  # noqa: F401
-                                    fixed_view, load_image, normalise, random_view,
-                                    resize_view)
+from support.pictures.views import (as_tensor, check_images, clip_boxes, fixed_view,  # noqa: F401
+                                    load_image, load_whole, normalise, resize_view, whole_size)
+
+# ---------------------------------------------------------------- views in training
+
+
+class Split(Dataset):
+    """A split of a data set: dataset[index], or dataset[epoch, index] where views are random.
+
+    A training view is img_size (h, w) cut out of the stored picture of whole_size (H, W), which a
+    photograph is resized to, and mirrored half of the time. It may reach `margin` (rows, columns)
+    beyond the stored picture, which is reflected there.
+    """
+
+    margin = (0, 0)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def random_crop(self, epoch: int, index: int) -> tuple[int, int, bool]:
+        """(top, left, mirrored) in the stored picture: a function of (seed, epoch, index)."""
+        rng = np.random.default_rng((self.seed, epoch, index))
+        top, left = (int(rng.integers(whole + 2 * margin - side + 1)) - margin
+                     for whole, margin, side in zip(self.whole_size, self.margin, self.img_size))
+        return top, left, bool(rng.random() < 0.5)
+
+    def random_view(self, pixels: np.ndarray, size, epoch: int, index: int) -> tuple:
+        """A stored picture (H, W, 3) of an original of `size` -> its view (h, w, 3), and where the
+        original shows it.
+        """
+        (h, w), (H, W) = self.img_size, self.whole_size
+        top, left, mirrored = self.random_crop(epoch, index)
+        rows, columns = reflect(np.arange(top, top + h), H), reflect(np.arange(left, left + w), W)
+        x0, x1 = left * size[0] / W, (left + w) * size[0] / W
+        y0, y1 = top * size[1] / H, (top + h) * size[1] / H
+        if mirrored:
+            x0, x1, columns = x1, x0, columns[::-1]
+        return pixels.take(rows, 0).take(columns, 1), (x0, y0, x1, y1)
+
+
+def reflect(positions, side: int):
+    """Positions (array or tensor) beyond 0 to side - 1 reflected at the border."""
+    return side - 1 - abs(side - 1 - abs(positions))
+
 
 # ---------------------------------------------------------------- synthetic birds
 
 
-class Birds(Dataset):
+class Birds(Split):
     """Synthetic birds, drawn once, on all cores, and kept in memory: 12,000 of 64 x 64 take 150 MB.
     They are drawn at the network's size, so in training they are shifted (by up to 3/32 of it,
     reflected at the border) and mirrored; the resized crop that photographs get would only blur
@@ -69,40 +110,31 @@ class Birds(Dataset):
             raise DataError(f"species: found {species}, needs 2 to {len(SPECIES)}")
         self.name, self.split, self.img_size, self.crop = "synthetic", split, img_size, crop
         self.classes, self.num_palettes, self.notes = SPECIES[:species], len(PALETTES), []
-        self.augment, self.seed, self.epoch = augment, seed, 0
+        self.augment, self.seed, self.whole_size = augment, seed, img_size
+        self.margin = tuple(round(side * 3 / 32) for side in img_size)
         self.indices = spread(BIRDS[split], limit)
         draw = partial(draw_birds, BIRD_STREAMS[split], img_size, species)
         drawn = in_processes(draw, self.indices, "drawing birds, 250 each")
         self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
-        self.pads = [round(side * 3 / 32) for side in img_size]  # rows, columns
-        self.reflected = [np.pad(np.arange(side), pad, mode="reflect")
-                          for side, pad in zip(img_size, self.pads)]
 
     annotated = property(lambda self: len(self))  # all birds have a box
 
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
         (h, w), pixels = self.img_size, self.pictures[index]  # (H, W, 3)
         if self.augment:
-            rng = np.random.default_rng((self.seed, self.epoch, index))
-            top, left = (int(rng.integers(2 * pad + 1)) for pad in self.pads)
-            rows, columns = self.reflected[0][top:top + h], self.reflected[1][left:left + w]
-            y, x = top - self.pads[0], left - self.pads[1]
-            view = (x, y, x + w, y + h)
-            if rng.random() < 0.5:
-                columns, view = columns[::-1], (x + w, y, x, y + h)
-            pixels = pixels.take(rows, 0).take(columns, 1)
+            pixels, view = self.random_view(pixels, (w, h), epoch, index)
         else:
             view = fixed_view((w, h), (h, w), self.crop)
             if self.crop:
                 pixels = resize_view(Image.fromarray(pixels), (w, h), view, (h, w))
-        return {"image": normalise(pixels), "label": int(self.labels[index]),
+        return {"image": as_tensor(pixels), "label": int(self.labels[index]),
                 "palette": int(self.palettes[index]),
                 "boxes": torch.from_numpy(self.boxes[index:index + 1]), "size": (w, h),
-                "view": view, "index": index,
-                "path": f"synthetic/{self.split}/{self.indices[index]:05d}"}
+                "view": view, "index": index, "path": self.path(index)}
+
+    def path(self, index: int) -> str:
+        return f"synthetic/{self.split}/{self.indices[index]:05d}"
 
 
 def in_processes(work: Callable[[Sequence], object], items: Sequence, label: str) -> list:
@@ -136,7 +168,7 @@ def _ignore_interrupt(*_):
 # ---------------------------------------------------------------- image files
 
 
-class Pictures(Dataset):
+class Pictures(Split):
     """Image files with a label each and any number of boxes."""
 
     def __init__(self, name, samples, split, img_size, crop, augment, seed):
@@ -145,7 +177,7 @@ class Pictures(Dataset):
             raise DataError("; ".join([f"{self.folder}: no images for split {split!r} of {name}",
                                        *self.notes]))
         self.name, self.split, self.img_size, self.crop = name, split, img_size, crop
-        self.augment, self.seed, self.epoch = augment, seed, 0
+        self.augment, self.seed, self.whole_size = augment, seed, whole_size(img_size)
         # bytes in one array: 1.3 million paths take 60 MB, which forked workers share
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = np.array(labels, np.int32)
@@ -184,17 +216,22 @@ class Pictures(Dataset):
                               "not scored")
         return inside
 
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict:
-        path = self.folder / os.fsdecode(self.paths[index])
-        rng = np.random.default_rng((self.seed, self.epoch, index)) if self.augment else None
-        image, view, size = load_image(path, self.img_size, self.crop, rng)
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        path = self.path(index)
+        if self.augment:
+            pixels, size = load_whole(path, self.whole_size)
+            pixels, view = self.random_view(pixels, size, epoch, index)
+            image = as_tensor(pixels)
+        else:
+            image, view, size = load_image(path, self.img_size, self.crop)
         boxes = clip_boxes(self.boxes[self.first[index]:self.first[index + 1]], (0, 0, *size))
         boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
         return {"image": image, "label": int(self.labels[index]), "boxes": boxes, "size": size,
-                "view": view, "index": index, "path": str(path)}
+                "view": view, "index": index, "path": path}
+
+    def path(self, index: int) -> str:
+        return str(self.folder / os.fsdecode(self.paths[index]))
 
 
 READERS = {"cub": read_cub, "ilsvrc": read_ilsvrc, "folder": read_folder}
@@ -217,7 +254,7 @@ def load_dataset(
 ) -> Dataset:
     """A data set as at the top of this file. img_size is an int or (height, width). limit keeps
     that many samples, evenly spread. augment, by default on for split="train", takes random
-    views, from (seed, dataset.epoch, index): set epoch before each epoch. crop=SIZE is for test
+    views, functions of (seed, epoch, index): dataset[epoch, index]. crop=SIZE is for test
     pictures (see fixed_view). classes: those of a folder or of ILSVRC without a train/.
     species: how many kinds of birds, the length of `classes` where these are given. Raises
     DataError.
@@ -250,8 +287,8 @@ def digest(dataset: Dataset) -> str:
 
 
 def collate(samples: list[dict]) -> dict:
-    """A batch: image (B, 3, H, W), label, index and palette (B,) int64, size (B, 2) int64, view (B,
-    4) float32; boxes and path are lists.
+    """A batch: image (B, 3, H, W) uint8, label, index and palette (B,) int64, size (B, 2) int64,
+    view (B, 4) float32; boxes and path are lists.
     """
     batch = {key: [sample[key] for sample in samples] for key in samples[0]}
     batch["image"] = torch.stack(batch["image"])
@@ -268,9 +305,9 @@ def _pack(samples):
     return batch
 
 
-def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Iterator[dict]:
-    """Batches of these indices, in this order, whatever the number of workers; torch's random state
-    is left alone.
+def loader(dataset: Dataset, batches: Iterable[list], workers: int = 0) -> Iterator[dict]:
+    """Batches of these indices, or pairs (epoch, index), in this order, whatever the number of
+    workers; torch's random state is left alone.
     """
     loaded = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_pack,
                         generator=torch.Generator(), worker_init_fn=_ignore_interrupt,
@@ -289,7 +326,7 @@ def contact_sheet(name: str, root: Path | None, split: str, out: Path) -> None:
     dataset = load_dataset(name, root, split, 64 if name == "synthetic" else side, limit=24)
     sheet = Image.new("RGB", (6 * side, -(-len(dataset) // 6) * side))
     for i, sample in enumerate(dataset[i] for i in range(len(dataset))):
-        tile = Image.fromarray(denormalise(sample["image"])).resize((side, side))
+        tile = Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).resize((side, side))
         draw = ImageDraw.Draw(tile)
         x0, y0, x1, y1 = sample["view"]
         scale = side / torch.tensor([x1 - x0, y1 - y0])

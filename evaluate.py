@@ -210,7 +210,8 @@ def score_batch(
     keep_maps: bool,
 ) -> ImageScores:
     """One batch, scored as `scores` says; adds to its seconds."""
-    images, labels = batch["image"].to(device), batch["label"].to(device)
+    images = data.normalise(batch["image"].to(device))
+    labels = batch["label"].to(device)
     started = now(device)
     classes = torch.stack([torch.full_like(labels, -1), labels], 1)  # (B, 2): predicted, label
     localization = localize(model, images, classes, scores.amp)
@@ -345,7 +346,7 @@ def examine(
 ) -> Examples:
     """Localises a few images again, for pictures: scoring keeps no maps."""
     batch = data.collate([dataset[int(i)] for i in indices])
-    images = batch["image"].to(next(model.parameters()).device)
+    images = data.normalise(batch["image"].to(next(model.parameters()).device))
     classes = batch["label"] if gt_class else torch.full_like(batch["label"], -1)
     localization = localize(model, images, classes.to(images.device)[:, None], amp)
     maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)  # (n,Q,H,W)
@@ -353,7 +354,7 @@ def examine(
     ground_truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (n, M, 4)
     iou = box_iou(box[:, :, None], ground_truth[:, None]).amax(-1)
     return Examples(
-        data.denormalise(batch["image"]), batch["view"].tolist(), batch["label"].tolist(),
+        batch["image"].movedim(1, 3).numpy(), batch["view"].tolist(), batch["label"].tolist(),
         localization.logits.argmax(1).tolist(),
         [rows[:len(boxes)].numpy() for rows, boxes in zip(ground_truth, batch["boxes"])],
         minmax(maps).cpu().numpy(), box.numpy(), iou.numpy())
@@ -447,7 +448,7 @@ def own_photographs(subject: "Subject", flags: Namespace, threshold: float) -> i
     @torch.no_grad()
     def find(images: Tensor) -> tuple[Tensor, Tensor]:
         classes = torch.full((len(images), 1), -1, device=flags.device)  # the predicted class
-        localization = localize(model, images.to(flags.device), classes, flags.amp)
+        localization = localize(model, data.normalise(images.to(flags.device)), classes, flags.amp)
         maps = stack_couplings(localization, couplings)[:, :, 0]  # (B, Q, h, w)
         return localization.logits, enlarge(maps, model.img_size)
 

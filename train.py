@@ -191,7 +191,8 @@ def gradients(parallel, optimizer, scaler, stream, noise: np.ndarray, num_classe
         alone = parallel.no_sync() if world > 1 and i < len(noises) else contextlib.nullcontext()
         with alone:
             with autocast(device, config["amp"]):
-                logits = parallel(batch["image"], torch.from_numpy(part_noise).to(device))
+                images = data.normalise(batch["image"])
+                logits = parallel(images, torch.from_numpy(part_noise).to(device))
                 loss = loss_sum(logits, batch, num_classes, config["label_smoothing"]) / batch_size
             scaler.scale(loss * world).backward()  # DDP takes the mean over processes
         right = (logits[:, :num_classes].argmax(1) == batch["label"]).sum()
@@ -215,10 +216,11 @@ def gradients(parallel, optimizer, scaler, stream, noise: np.ndarray, num_classe
 
 # ---------------------------------------------------------------- one phase of training
 
-def epoch_stream(train_set, plan: Plan, key: tuple, done: int, config: dict):
+def epoch_stream(train_set, plan: Plan, key: tuple, done: int, passed: int, config: dict):
     """This process's micro-batches of an epoch, from its step `done` on; key: of its shuffling."""
     batches = epoch_batches(len(train_set), plan.batch_size, *key)[done:]
-    lists = [part.tolist() for batch in batches for part in shares(batch, config)]
+    lists = [[(passed, index) for index in part.tolist()]
+             for batch in batches for part in shares(batch, config)]
     return iter(data.loader(train_set, lists, config["workers"]))
 
 
@@ -265,8 +267,8 @@ def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict |
         epoch, done = divmod(step - 1, plan.epoch_steps)
         key = (config["seed"], PHASES.index(phase), epoch)
         if stream is None or done == 0:
-            train_set.epoch = epoch + (config["pretrain_epochs"] if main else 0)
-            stream = epoch_stream(train_set, plan, key, done, config)
+            passed = epoch + (config["pretrain_epochs"] if main else 0)
+            stream = epoch_stream(train_set, plan, key, done, passed, config)
             model.train()
         noise = np.random.default_rng((*key, step - 1)).random(
             (plan.batch_size, config["depth"], 2), np.float32)

@@ -9,7 +9,7 @@ import torch
 
 from support import weights
 from support.common import last_line, write_atomic
-from support.pictures.views import load_image
+from support.pictures.views import load_image, normalise
 
 
 def main(model_class: type, load_checkpoint: Callable, trace: Callable) -> None:
@@ -41,7 +41,7 @@ def main(model_class: type, load_checkpoint: Callable, trace: Callable) -> None:
             model, _ = load_checkpoint(flags.checkpoint)
         images = torch.randn(1, 3, *model.img_size)
         if flags.image:
-            images = load_image(flags.image, model.img_size)[0][None]  # (1, 3, H, W)
+            images = normalise(load_image(flags.image, model.img_size)[0])[None]  # (1, 3, H, W)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"lctr.py: error: {last_line(error)}")
     for equation, name, symbols, value in trace(model.eval(), images):

@@ -34,8 +34,8 @@ def block_picture(size, block):
 
 
 def where_white(image):
-    """(x0, y0, x1, y1) of what is brighter than the middle grey in a normalised image."""
-    rows, columns = np.nonzero(data.denormalise(image).mean(2) > 127)
+    """(x0, y0, x1, y1) of what is brighter than the middle grey in an image (3, H, W)."""
+    rows, columns = np.nonzero(image.numpy().mean(0) > 127)
     return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
 
 
@@ -140,13 +140,13 @@ def test_training_birds_are_reflected_shifted_and_mirrored():
     dataset = data.load_dataset("synthetic", None, "train", (32, 64), limit=4)
     padded = np.pad(dataset.pictures[2], ((3, 3), (6, 6), (0, 0)), mode="reflect")
     seen = set()
-    for dataset.epoch in range(60):
-        sample = dataset[2]
+    for epoch in range(60):
+        sample = dataset[epoch, 2]
         x0, y0, x1, y1 = sample["view"]
-        left, top = min(x0, x1), y0
+        left, top = int(min(x0, x1)), int(y0)
         expected = padded[top + 3:top + 35, left + 6:left + 70]
         expected = expected[:, ::-1] if x0 > x1 else expected
-        assert np.array_equal(data.denormalise(sample["image"]), expected)
+        assert np.array_equal(sample["image"].permute(1, 2, 0), expected)
         assert (abs(x1 - x0), y1 - y0) == (64, 32) and abs(left) <= 6 and abs(top) <= 3
         seen.add((left, top, x0 > x1))
     assert len(seen) > 40 and {mirrored for *_, mirrored in seen} == {True, False}
@@ -158,32 +158,38 @@ sizes = st.tuples(st.integers(40, 300), st.integers(40, 300))
 
 
 @quick
-@given(sizes, st.sampled_from([(32, 32), (48, 32), (30, 64)]), st.integers(0, 99), st.booleans(),
-       st.booleans())
-def test_a_marked_block_is_where_its_box_says(tmp_path, size, img_size, seed, augment, crop):
-    """In whole pictures, centre crops and random views, mirrored or not; PNGs, and JPEGs, perhaps
-    decoded reduced.
-    """
+@given(sizes, st.sampled_from([(32, 32), (48, 32), (30, 64)]), st.integers(0, 99), st.booleans())
+def test_a_marked_block_is_where_its_box_says(tmp_path, size, img_size, seed, crop):
+    """In whole pictures and centre crops; PNGs, and JPEGs, perhaps decoded reduced."""
     w, h = size
     block = w * 3 // 8, h * 3 // 8, w * 5 // 8, h * 5 // 8
     file = tmp_path / ("a.jpg" if seed % 2 else "a.png")
     block_picture(size, block).save(file)
-    rng = np.random.default_rng(seed) if augment else None
-    image, view, found = data.load_image(file, img_size, 80 if crop else None, rng)
-    assert found == size and image.shape == (3, *img_size) and image.dtype == torch.float32
+    image, view, found = data.load_image(file, img_size, 80 if crop else None)
+    assert found == size and image.shape == (3, *img_size) and image.dtype == torch.uint8
     expected = to_input(block, view, img_size).clip(0, img_size[::-1] * 2)
     assert np.abs(where_white(image) - expected).max() < 1.6
 
 
-def test_random_views_are_crops_of_the_resized_picture():
-    rng = np.random.default_rng(0)
-    views = np.array([data.random_view((448, 256), (112, 224), rng) for _ in range(300)])
-    left, top = np.minimum(views[:, 0], views[:, 2]), views[:, 1]
-    assert np.allclose(np.abs(views[:, 2] - views[:, 0]), 448 * 224 / 256)
-    assert np.allclose(views[:, 3] - top, 224)
-    assert left.min() == 0 and left.max() == 56  # both ends of every offset
-    assert top.min() == 0 and top.max() == 32
-    assert 100 < (views[:, 0] > views[:, 2]).sum() < 200
+def test_training_views_are_crops_of_the_whole_picture_squashed(folder):
+    """The paper: both sides to 256/224 of the input, a random crop, mirrored half of the time."""
+    dataset = data.load_dataset("folder", folder, "train", (112, 224))
+    whole = data.open_image(dataset.path(0))
+    squashed = np.asarray(whole.resize((256, 128), Image.Resampling.BILINEAR))
+    corners, mirrored = [], []
+    for epoch in range(300):
+        sample = dataset[epoch, 0]
+        x0, y0, x1, y1 = sample["view"]
+        left, top = min(x0, x1) * 256 / whole.width, y0 * 128 / whole.height
+        assert abs(x1 - x0) == pytest.approx(whole.width * 224 / 256)
+        assert y1 - y0 == pytest.approx(whole.height * 112 / 128)
+        corners.append((round(left), round(top)))
+        mirrored.append(x0 > x1)
+        expected = squashed[corners[-1][1]:, corners[-1][0]:][:112, :224]
+        expected = expected[:, ::-1] if mirrored[-1] else expected
+        assert np.array_equal(sample["image"].permute(1, 2, 0), expected)
+    assert np.min(corners, 0).tolist() == [0, 0] and np.max(corners, 0).tolist() == [32, 16]
+    assert 100 < sum(mirrored) < 200
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (257, 1000)])
@@ -196,7 +202,7 @@ def test_crop_is_resize_the_shorter_side_then_cut_the_centre(tmp_path, size):
     resized = original.resize(tuple(resized), Image.Resampling.BILINEAR)
     left, top = round((resized.width - 56) / 2), round((resized.height - 56) / 2)
     expected = np.asarray(resized.crop((left, top, left + 56, top + 56)), float)
-    found = data.denormalise(data.load_image(tmp_path / "a.png", 56, 64)[0])
+    found = data.load_image(tmp_path / "a.png", 56, 64)[0].permute(1, 2, 0).numpy()
     assert np.abs(found - expected)[1:-1, 1:-1].max() <= 1
 
 
@@ -211,14 +217,13 @@ def test_boxes_are_cut_to_a_view():
     assert data.clip_boxes(torch.zeros(0, 4), (0, 0, 9, 9)).shape == (0, 4)
 
 
-def test_normalising_can_be_undone():
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    image = data.normalise(pixels)
-    assert image.shape == (3, 5, 7) and image.is_contiguous()
-    expected = torch.tensor((pixels[2, 3, 1] / 255 - 0.456) / 0.224, dtype=torch.float32)
-    assert torch.allclose(image[1, 2, 3], expected)
-    assert np.array_equal(data.denormalise(image), pixels)
-    assert np.array_equal(data.denormalise(torch.stack([image, image])), np.stack([pixels, pixels]))
+def test_images_are_normalised_by_imagenets_statistics():
+    images = torch.randint(0, 256, (2, 5, 3, 4, 6), dtype=torch.uint8)
+    normalised = data.normalise(images)
+    assert normalised.shape == images.shape and normalised.dtype == torch.float32
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = (images.movedim(2, -1).numpy() / 255 - mean) / std
+    assert np.allclose(normalised.movedim(2, -1), expected, atol=1e-6)
 
 
 # ---------------------------------------------------------------- Image files
@@ -376,7 +381,7 @@ def test_jpegs_are_decoded_at_reduced_scale_but_not_below_the_target(tmp_path):
              for n in (64, 93, 94, 224, 376, 800)}
     assert sizes == {64: (125, 94), 93: (125, 94), 94: (250, 188), 224: (500, 375),
                      376: (1000, 750), 800: (1000, 750)}
-    reduced = data.denormalise(data.load_image(tmp_path / "a.jpg", 96)[0]).astype(float)
+    reduced = data.load_image(tmp_path / "a.jpg", 96)[0].permute(1, 2, 0).numpy().astype(float)
     full = data.open_image(tmp_path / "a.jpg").resize((96, 96), Image.Resampling.BILINEAR)
     full = np.asarray(full, float)
     assert np.abs(reduced - full).mean() < 1.5
@@ -783,14 +788,13 @@ def test_training_samples_are_functions_of_seed_epoch_and_index(folder):
         samples = {}
         for seed in (0, 1):
             dataset = load(seed)
-            for dataset.epoch in (0, 1, 2):
+            for epoch in (0, 1, 2):
                 for index in (2, 0, 1):
-                    samples[seed, dataset.epoch, index] = dataset[index]
+                    samples[seed, epoch, index] = dataset[epoch, index]
         assert len({sample["view"] for sample in samples.values()}) > 8
         for (seed, epoch, index), sample in samples.items():
             dataset = load(seed)
-            dataset.epoch = epoch
-            assert same_samples(sample, dataset[index])
+            assert same_samples(sample, dataset[epoch, index])
             assert sample["label"] == samples[0, 0, index]["label"] and sample["index"] == index
         plain = load(0)
         plain.augment = False
@@ -815,7 +819,6 @@ def test_workers_change_nothing(folder, workers):
     batches, state = [[2, 0], [1], [1, 2, 0, 1]], torch.get_rng_state()
     birds = data.load_dataset("synthetic", None, "train", 16, limit=3)
     for dataset in (load_folder(folder, "train"), load_folder(folder), birds):
-        dataset.epoch = 5
         loaded = list(data.loader(dataset, batches, workers))
         assert len(loaded) == 3
         for batch, indices in zip(loaded, batches):

@@ -70,7 +70,7 @@ def test_scores_equal_their_definition(head, gt_class):
         c for c in COUPLINGS if head != "token" or c.endswith("-only")]
     samples = [dataset[i] for i in range(len(dataset))]
     annotated = [s for s in samples if len(s["boxes"])]
-    logits = {s["path"]: model(s["image"][None])[0] for s in samples}
+    logits = {s["path"]: model(data.normalise(s["image"][None]))[0] for s in samples}
     ranked = {path: row.argsort(descending=True).tolist() for path, row in logits.items()}
     top1 = {s["path"]: ranked[s["path"]][0] == s["label"] for s in samples}
     top5 = {s["path"]: s["label"] in ranked[s["path"]][:5] for s in samples}
@@ -84,7 +84,8 @@ def test_scores_equal_their_definition(head, gt_class):
             scale = torch.tensor([16, 12, 16, 12]) / torch.tensor(s["size"]).repeat(2)
             truth = (s["boxes"] * scale).tolist()
             for wanted, kept in ((s["label"] if gt_class else -1, ious), (s["label"], oracle)):
-                small = fuse(model.localize(s["image"][None], torch.tensor([[wanted]])), coupling)
+                images = data.normalise(s["image"][None])
+                small = fuse(model.localize(images, torch.tensor([[wanted]])), coupling)
                 m = F.interpolate(small, (12, 16), mode="bilinear", align_corners=False)[0]
                 boxes = naive_boxes(m, [*evaluate.THRESHOLDS, threshold])[0].tolist()
                 kept.append([max(naive_iou(b, t) for t in truth) for b in boxes])
@@ -869,7 +870,7 @@ def test_a_first_look_needs_no_training(tmp_path, capsys, img_size):
     evaluate.load_pretrained(model, str(tmp_path / "vit.pth"))
     image, _, _ = data.load_image(photo, model.img_size)
     with torch.no_grad():
-        found = model.localize(image[None])
+        found = model.localize(data.normalise(image[None]))
     for coupling, m in (("cls-only", found.cls_map), ("relation-only", found.relation_map)):
         m = F.interpolate(m[None], model.img_size, mode="bilinear", align_corners=False)[0]
         box = largest_boxes(m, [0.4])[0, 0] / torch.tensor([*model.img_size[::-1]] * 2)
@@ -888,7 +889,7 @@ def test_a_file_with_a_classifier_keeps_its_classes(tmp_path, capsys):
     assert status == 0 and "1 attention heads (64 channels each" in text, err
     entry, = json.loads((tmp_path / "out" / "boxes.json").read_text())
     with torch.no_grad():
-        chances = model(data.load_image(photo, 16)[0][None]).softmax(1)[0]
+        chances = model(data.normalise(data.load_image(photo, 16)[0][None])).softmax(1)[0]
     best = chances.topk(5)
     assert [name for name, _ in entry["top5"]] == [f"class {c}" for c in best.indices.tolist()]
     assert [p for _, p in entry["top5"]] == pytest.approx(best.values.tolist(), rel=1e-5)

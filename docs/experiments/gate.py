@@ -38,7 +38,7 @@ def read(model: LCTR, dataset) -> dict:
     batches = [list(range(i, min(i + BATCH, len(dataset)))) for i in range(0, len(dataset), BATCH)]
     parts = []
     for batch in progress(list(data.loader(dataset, batches, 0)), "backbone"):
-        tokens, maps = model.forward_features(batch["image"], "relation")
+        tokens, maps = model.forward_features(data.normalise(batch["image"]), "relation")
         parts.append({
             "tokens": tokens, "label": batch["label"],
             "cls_map": model.on_grid(mean_over_blocks(maps, "cls")[:, 1:]),

@@ -120,7 +120,7 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
     right, ratios, labels, scores, parts = [], [], [], [], []
     batches = [list(range(i, min(i + 64, len(dataset)))) for i in range(0, len(dataset), 64)]
     for batch in data.loader(dataset, batches):
-        found = model.localize(batch["image"], "all")
+        found = model.localize(data.normalise(batch["image"]), "all")
         inside, background = regions_of(model, batch)  # (B, h, w) each
         whole = inside.flatten(1).any(1) & background.flatten(1).any(1)  # (B,)
         regions = torch.stack([torch.ones_like(inside), inside, background], 1)
@@ -135,7 +135,7 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
         ratios.append((maps * inner).sum((2, 3)) / inner.sum((2, 3))
                       / ((maps * outer).sum((2, 3)) / outer.sum((2, 3))))  # (B', 3)
         if model.head_type == "cdm":
-            score, part = scores_of(model, batch["image"])
+            score, part = scores_of(model, data.normalise(batch["image"]))
             scores.append(score)
             parts.append(part)
             labels.append(batch["label"])

@@ -1,6 +1,7 @@
 """The network's view of a picture: a region, resized, and its pixels as a tensor."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +14,9 @@ from support.pictures.decode import Decoded, decode
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, for pixels in 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
-
-def random_view(size, img_size, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """The paper's augmentation as a region of the original: both sides resized to 256/224 of
-    img_size (height, width), a random crop of img_size, mirrored half of the time (x0 > x1).
-    """
-    (width, height), (h, w) = size, img_size
-    H, W = round(h * 256 / 224), round(w * 256 / 224)
-    top, left = int(rng.integers(H - h + 1)), int(rng.integers(W - w + 1))
-    x0, x1 = left * width / W, (left + w) * width / W
-    y0, y1 = top * height / H, (top + h) * height / H
-    return (x1, y0, x0, y1) if rng.random() < 0.5 else (x0, y0, x1, y1)
+def whole_size(img_size) -> tuple[int, int]:
+    """(H, W) to which the paper resizes a training picture before it crops img_size (h, w)."""
+    return tuple(round(side * 256 / 224) for side in img_size)
 
 
 def fixed_view(size, img_size, crop: int | None = None) -> tuple[float, float, float, float]:
@@ -38,30 +31,28 @@ def fixed_view(size, img_size, crop: int | None = None) -> tuple[float, float, f
     return left * width / W, top * height / H, (left + w) * width / W, (top + h) * height / H
 
 
-def load_image(
-    path: str | Path, img_size, crop: int | None = None, rng: np.random.Generator | None = None
-):
-    """One file as the network's input: (image (3, H, W), view, size), seen through fixed_view, with
-    an rng random_view. img_size is an int or (height, width).
+def load_image(path: str | Path, img_size, crop: int | None = None):
+    """One file as the network sees it: (image (3, H, W) uint8, view, size), through fixed_view.
+
+    img_size is an int or (height, width). Raises DataError.
     """
     img_size = pair(img_size)
-    picture, size, *_ = decode(path, _least(img_size, crop, rng is not None))
-    view = random_view(size, img_size, rng) if rng else fixed_view(size, img_size, crop)
-    return normalise(resize_view(picture, size, view, img_size)), view, size
+    picture, size, *_ = decode(path, (crop, crop) if crop else img_size[::-1])
+    view = fixed_view(size, img_size, crop)
+    return as_tensor(resize_view(picture, size, view, img_size)), view, size
+
+
+def load_whole(path: str | Path, img_size) -> tuple[np.ndarray, tuple[int, int]]:
+    """The whole picture resized to img_size (H, W): (H, W, 3) uint8; and its own (width, height).
+    """
+    picture, size, *_ = decode(path, img_size[::-1])
+    return resize_view(picture, size, (0, 0, *size), img_size), size
 
 
 def check_images(paths: Iterable[str | Path], img_size, crop: int | None = None) -> list[Decoded]:
     """Each file decoded as load_image does to score it, without its picture. Raises DataError."""
-    least = _least(pair(img_size), crop, False)
+    least = (crop, crop) if crop else pair(img_size)[::-1]
     return [decode(path, least)._replace(picture=None) for path in paths]
-
-
-def _least(img_size, crop: int | None, augment: bool) -> tuple[int, int]:
-    """The (width, height) below which a view of a picture would have to be enlarged."""
-    if crop and not augment:
-        return crop, crop
-    h, w = img_size
-    return (round(w * 256 / 224), round(h * 256 / 224)) if augment else (w, h)
 
 
 def resize_view(picture: Image.Image, size, view, img_size) -> np.ndarray:
@@ -76,16 +67,22 @@ def resize_view(picture: Image.Image, size, view, img_size) -> np.ndarray:
     return pixels[:, ::-1] if view[0] > view[2] else pixels
 
 
-def normalise(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32."""
-    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    return torch.from_numpy(pixels).float().sub_(MEAN).div_(STD)
+def as_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) -> (3, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def denormalise(image: torch.Tensor) -> np.ndarray:
-    """(3, H, W) or (B, 3, H, W), normalised -> (H, W, 3) or (B, H, W, 3) uint8, to look at."""
-    pixels = image.detach().float().cpu() * STD + MEAN
-    return pixels.round().clamp(0, 255).byte().movedim(-3, -1).numpy()
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """(..., 3, H, W) uint8 -> float32 by ImageNet's mean and standard deviation, on their device.
+    """
+    mean, std = statistics(images.device)
+    return images.float().sub_(mean).div_(std)
+
+
+@lru_cache
+def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """MEAN and STD on a device: copied once, for a copy makes the host wait."""
+    return MEAN.to(device), STD.to(device)
 
 
 def clip_boxes(boxes: torch.Tensor, view) -> torch.Tensor:

@@ -18,9 +18,9 @@ from support.report.outputs import claim, output_names, printable
 class Viewer(NamedTuple):
     """What a model makes of photographs; the maps it has are named and explained."""
 
-    read: Callable[[Path], tuple]  # -> (image (3, H, W), view, (width, height)); ValueError
+    read: Callable[[Path], tuple]  # -> (image (3, H, W) uint8, view, (width, height)); ValueError
     open: Callable[[Path], Image.Image]  # the upright photograph
-    find: Callable[[Tensor], tuple]  # images (B, 3, H, W) -> (logits (B, C), maps (B, Q, H, W))
+    find: Callable[[Tensor], tuple]  # (B, 3, H, W) uint8 -> (logits (B, C), maps (B, Q, H, W))
     img_size: tuple[int, int]
     couplings: Sequence[str]  # Q, of which one is `chosen` for "box"
     chosen: str
