@@ -45,7 +45,7 @@ class Toy(torch.utils.data.Dataset):
         corner = rng.random((count, 2)) * (0.6 * width, 0.6 * height)
         side = rng.random(corner.shape) * (0.4 * width, 0.4 * height)
         boxes = np.concatenate([corner, corner + side], 1)
-        image = torch.from_numpy(rng.standard_normal((3, *self.img_size)).astype(np.float32))
+        image = torch.from_numpy(rng.integers(0, 256, (3, *self.img_size), np.uint8))
         return {"image": image, "label": int(rng.integers(7)),
                 "boxes": torch.from_numpy(boxes).float(), "size": (width, height),
                 "view": (0.0, 0.0, float(width), float(height)), "path": f"p{i}", "index": i}
@@ -192,7 +192,7 @@ class Painted(LCTR):
 
 def painted_set(boxes: list, label: int, n: int = 1) -> Toy:
     dataset = Toy(n, (16, 16))
-    sample = {"image": torch.zeros(3, 16, 16), "label": label, "size": (16, 16),
+    sample = {"image": torch.zeros(3, 16, 16, dtype=torch.uint8), "label": label, "size": (16, 16),
               "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
               "view": (0.0, 0.0, 16.0, 16.0), "path": "p"}
     dataset.__class__ = type(
