@@ -1,8 +1,12 @@
-"""The Triton kernels in Triton's interpreter, against their naive twins; how `kernels` dispatches.
+"""The operators on Triton, in its interpreter, against the equations; then what surrounds them.
 
-kernel_checks.py has the checks, and how their tolerances follow from the arithmetic.
+First a property of each operator: kernel_properties.py states it, with the cases that are drawn and
+the bound that follows from the arithmetic. Then gradients, strides, addresses, autocast,
+torch.compile, dispatch and errors.
 """
 
+import contextlib
+import functools
 import itertools
 import os
 import subprocess
@@ -10,69 +14,126 @@ import sys
 
 import pytest
 import torch
+from hypothesis import example, given
 
 pytest.importorskip("triton")
 
-import kernel_checks
+import kernel_properties
 import kernels
-from kernel_checks import (
-    DTYPES, PROPERTIES, AttentionCase, ConvCase, attention_inputs, check_aggregate, check_attention,
-    check_class_maps, check_conv, check_logits, conv_inputs, hold, near, random, unit,
+from kernel_properties import (
+    ATTENTIONS, CONVOLUTIONS, DEIT_SMALL, DRAWN, DTYPES, PROPERTIES, AttentionCase, ConvCase,
+    assert_within, attention_inputs, bound, check_aggregate_attention, check_attention,
+    check_class_ids, check_class_maps, check_class_row, check_dynamic_conv2d,
+    check_dynamic_conv_logits, conv_inputs, in_bounds, unit, with_gradients,
 )
-from kernels import reference
+from kernels import cdm, reference, rpam, torch_path
 
-torch.set_num_threads(2)
+# ------------------------------------------------------------------------------------- properties
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+WIDEST_HEAD = AttentionCase(B=1, S=1, N=40, d=128)
+DEIT_HEADS = AttentionCase(B=1, S=2, N=196, d=64)
+SEVERAL_BLOCKS = ConvCase(B=1, D=16, C=5, G=2, h=9, w=31)  # of positions
+LARGE_SUMS = ConvCase(B=1, D=9, C=7, h=14, w=14, level=60.0)  # beyond float16
+LARGER_SUMS = LARGE_SUMS._replace(pool="padded")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", PROPERTIES)
-def test_kernels_equal_their_twins(name, dtype):
-    hold(name, lambda check, case: check(kernels, case._replace(dtype=dtype)), examples=12)
+@each_dtype
+@DRAWN
+@given(ATTENTIONS)
+@example(WIDEST_HEAD)
+@example(DEIT_HEADS)
+def test_eq4_attention_and_both_maps(dtype, case):
+    check_attention(kernels, case._replace(dtype=dtype))
 
 
-def test_what_a_gpu_runs(capsys):
+@each_dtype
+@DRAWN
+@given(ATTENTIONS)
+@example(WIDEST_HEAD)
+@example(DEIT_HEADS)
+def test_class_attention_and_its_gradients(dtype, case):
+    check_class_row(kernels, case._replace(dtype=dtype))
+
+
+@each_dtype
+@DRAWN
+@given(ATTENTIONS)
+@example(DEIT_HEADS)
+def test_rpam_of_a_materialised_attention_and_its_gradient(dtype, case):
+    check_aggregate_attention(kernels, case._replace(dtype=dtype))
+
+
+@each_dtype
+@DRAWN
+@given(CONVOLUTIONS)
+@example(SEVERAL_BLOCKS)
+@example(LARGE_SUMS)
+def test_eq6_dynamic_conv2d(dtype, case):
+    check_dynamic_conv2d(kernels, case._replace(dtype=dtype))
+
+
+@each_dtype
+@DRAWN
+@given(CONVOLUTIONS)
+@example(LARGE_SUMS)
+@example(LARGER_SUMS)
+def test_eq6_pooled_to_logits_and_its_gradients(dtype, case):
+    check_dynamic_conv_logits(kernels, case._replace(dtype=dtype))
+
+
+@each_dtype
+@DRAWN
+@given(CONVOLUTIONS)
+@example(SEVERAL_BLOCKS)
+@example(LARGE_SUMS)
+def test_eq6_at_requested_classes(dtype, case):
+    check_class_maps(kernels, case._replace(dtype=dtype))
+
+
+@each_dtype
+@DRAWN
+@given(CONVOLUTIONS)
+def test_class_ids_out_of_range_give_nan_maps(dtype, case):
+    check_class_ids(kernels, case._replace(dtype=dtype))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", PROPERTIES)
+def test_deit_small_in_the_interpreter(check):
+    check(kernels, DEIT_SMALL[PROPERTIES[check]]._replace(B=1, dtype=torch.bfloat16))
+
+
+def test_properties_run_as_on_a_gpu(capsys):
     """test_kernels_gpu.py's process, on a CPU: a line for each property. Strides are kept."""
-    kernel_checks.main("cpu:0", examples=1)
-    assert capsys.readouterr().out.splitlines() == [f"{name}: ok" for name in kernel_checks.NAMES]
-    for layout in kernel_checks.LAYOUTS:
-        tensor = kernel_checks.laid_out(torch.rand(2, 3, 4, 5)[:, 1:], layout)
-        placed = kernel_checks.place(tensor, "meta")
+    kernel_properties.main(examples=1, processes=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{name}: ok" for name in kernel_properties.NAMES]
+    for layout in kernel_properties.LAYOUTS:
+        tensor = kernel_properties.laid_out(torch.rand(2, 3, 4, 5)[:, 1:], layout)
+        placed = kernel_properties.place(tensor, "meta")
         assert placed.device.type == "meta" and placed.shape == tensor.shape
         assert placed.stride() == tensor.stride(), layout
 
 
-# ------------------------------------------------------------------------------------ RPAM
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_at_deit_shape(dtype):
-    check_attention(kernels, AttentionCase(B=1, S=2, N=196, d=64, dtype=dtype))
-
-
-def test_attention_with_the_widest_head():
-    check_attention(kernels, AttentionCase(B=1, S=1, N=40, d=128))
-
-
-def test_aggregate_at_deit_shape():
-    check_aggregate(kernels, AttentionCase(B=1, S=6, N=196))
-
-
-@pytest.mark.parametrize("function", ["attention", "aggregate"])
-def test_uniform_attention(function):
+@pytest.mark.parametrize("name", ["attention", "aggregate_attention"])
+def test_uniform_attention_gives_uniform_maps(name):
     """Equal logits: M^c is 1/(N+1) everywhere and M^r 1/(N+1)^2."""
     T = 38
-    if function == "attention":
+    if name == "attention":
         q, k, v = torch.zeros(3, 1, 2, T, 16)
-        _, cls_attn, relation = kernels.attention(q, k, v, relation=True, backend="triton")
+        cls_attn, relation = kernels.attention(q, k, v, relation=True, backend="triton")[1:]
     else:
         attn = torch.full((1, 2, T, T), 1 / T)
         cls_attn, relation = kernels.aggregate_attention(attn, backend="triton")
     exact = torch.full((1, T), 1 / T).double()
-    near(cls_attn, exact, exact, torch.float32, 0, T)
-    near(relation, exact[:, 1:] / T, exact[:, 1:] / T, torch.float32, 0, 4 * T)
+    wide = torch.float32
+    assert_within(cls_attn, exact, bound(exact, wide, 0, T), wide, "cls_attn")
+    exact = exact[:, 1:] / T
+    assert_within(relation, exact, bound(exact, wide, 0, 4 * T), wide, "relation")
 
 
-def test_patches_permuted_permute_the_maps():
+def test_permuted_patches_permute_the_maps():
     case = AttentionCase(B=1, S=2, N=66, d=16)
     qkv = attention_inputs(case)
     order = torch.randperm(case.N, generator=torch.Generator().manual_seed(1))
@@ -85,57 +146,42 @@ def test_patches_permuted_permute_the_maps():
     torch.testing.assert_close(permuted[2], maps[2][:, order], rtol=2 * u, atol=0)
 
 
-# ------------------------------------------------------------------------------------- CDM
+# ------------------------------------------------------------------------- every public function
+
+OPERATORS = ("attention", "aggregate_attention", "dynamic_conv2d", "dynamic_conv_logits",
+             "class_maps")
+each_operator = pytest.mark.parametrize("name", OPERATORS)
+each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 
 
-def test_logits_and_class_maps_at_deit_shape():
-    case = ConvCase(B=2, D=384, C=200, G=4, h=14, w=14, dtype=torch.bfloat16)
-    check_logits(kernels, case)
-    check_class_maps(kernels, case)
+def arguments(name: str, B: int = 2, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """A public function's tensors, differentiable where the function is."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*size):
+        return torch.randn(size, generator=generator).to(device, dtype).requires_grad_()
+
+    if name == "attention":
+        return [leaf(B, 2, 35, 16), leaf(B, 2, 35, 16), leaf(B, 2, 35, 16)]
+    if name == "aggregate_attention":
+        attn = torch.randn(B, 3, 6, 6, generator=generator).softmax(-1)
+        return [attn.to(device, dtype).requires_grad_()]
+    tensors = [leaf(B, 9, 3, 5), leaf(B, 3), leaf(3, 7, 9, 3, 3), leaf(7)]
+    if name == "class_maps":
+        classes = torch.tensor([[1, 6, 6], [0, 0, 4], [5, 2, 3]])
+        tensors.append(classes[:B].to(device))
+    return tensors
 
 
-def test_conv_at_deit_shape():
-    check_conv(kernels, ConvCase(B=1, D=384, C=200, G=2, h=14, w=14, dtype=torch.bfloat16))
+def detached(tensors):
+    return [t.detach() for t in tensors]
 
 
-def test_conv_over_several_blocks_of_places():
-    check_conv(kernels, ConvCase(B=1, D=16, C=5, G=2, h=9, w=31))
-
-
-def test_one_hot_scores_are_plain_convolution():
-    case = ConvCase()
-    x, _, weight, bias = conv_inputs(case)
-    maps = kernels.dynamic_conv2d(x, torch.eye(case.G)[[2, 0]], weight, bias, backend="triton")
-    for b, g in enumerate((2, 0)):
-        operands = [t.double() for t in (x[b], weight[g], bias)]
-        exact = torch.nn.functional.conv2d(*operands, padding=1)
-        size = torch.nn.functional.conv2d(*map(torch.abs, operands), padding=1)
-        near(maps[b], exact, size, torch.float32, 2, case.D * 9, "conv2d")
-
-
-@pytest.mark.parametrize("name", ["dynamic_conv2d", "dynamic_conv_logits"])
-def test_linear_in_the_scores(name):
-    case = ConvCase(bias=False)
-    x, scores, weight, _ = conv_inputs(case)
-    function = lambda s: getattr(kernels, name)(x, s, weight, None, backend="triton")
-    sizes = (t.double().abs() for t in (x, 2 * scores.abs() + 3, weight))
-    size = 8 * getattr(reference, name)(*sizes, None)
-    other = random(9)(*scores.shape)
-    combined = 2 * function(scores).double() + function(other).double()
-    actual = function(2 * scores + other)
-    near(actual, combined, size, torch.float32, 8, case.D * 9 * case.G, name)
-
-
-def test_logits_are_the_mean_of_the_maps():
-    case = ConvCase(w=9)
-    inputs = conv_inputs(case)
-    maps = kernels.dynamic_conv2d(*inputs, backend="triton").double()
-    logits = kernels.dynamic_conv_logits(*inputs, backend="triton")
-    magnitude = reference.dynamic_conv_logits(*(t.double().abs() for t in inputs))
-    near(logits, maps.mean((2, 3)), magnitude, torch.float32, 8, case.D * 9 * case.G * 45, "logits")
-
-
-# ------------------------------------------------------------------------------------ all functions
+def per_image(tensors, images):
+    """The tensors of some images: what the images share, weight and bias, is left as it is."""
+    B = len(tensors[0])
+    shared = range(2, 4) if len(tensors) > 3 else ()
+    return [t if i in shared else t[:B][images] for i, t in enumerate(tensors)]
 
 
 def as_list(outputs) -> list[torch.Tensor]:
@@ -150,71 +196,109 @@ def gradients(outputs, inputs) -> tuple[torch.Tensor, ...]:
     return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
 
 
-def calls(B: int = 3):
-    """name -> (a public function on Triton, of the batch's tensors; those tensors)."""
-    q, k, v = attention_inputs(AttentionCase(B=B, S=2, N=34, d=16))
-    x, scores, weight, bias = conv_inputs(ConvCase(B=B, D=9, C=7))
-    classes = torch.tensor([[1, 6], [0, 0], [5, 2]])[:B]
+@each_backend
+@each_operator
+def test_each_subset_of_the_gradients(name, backend):
+    """Those of some inputs do not depend on which others are wanted. float32, a few dozen terms."""
+    inputs = arguments(name)
+    differentiable = [i for i, t in enumerate(inputs) if t.is_floating_point()]
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(differentiable, n) for n in range(1, len(differentiable) + 1))
+    for wanted in subsets:
+        def run(functions, convert, **options):
+            leaves = [convert(t.detach()) if i in differentiable else t
+                      for i, t in enumerate(inputs)]
+            for i in wanted:
+                leaves[i].requires_grad_()
+            outputs = [o for o in as_list(getattr(functions, name)(*leaves, **options))
+                       if o.requires_grad]
+            upstream = [torch.linspace(-1, 1, o.numel()).view(o.shape).to(o) for o in outputs]
+            return torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream,
+                                       allow_unused=True)
 
-    def on_triton(name, *shared, **options):
-        function = getattr(kernels, name)
-        # classes follow what the images share
-        return lambda *batch: function(*batch[:2], *shared, *batch[2:], **options, backend="triton")
-
-    return {
-        "attention": (on_triton("attention", relation=True), (q, k, v)),
-        "aggregate_attention": (on_triton("aggregate_attention"), ((q @ k.mT).softmax(-1),)),
-        "dynamic_conv2d": (on_triton("dynamic_conv2d", weight, bias), (x, scores)),
-        "dynamic_conv_logits": (on_triton("dynamic_conv_logits", weight, bias), (x, scores)),
-        "class_maps": (on_triton("class_maps", weight, bias), (x, scores, classes)),
-    }
+        exact = run(reference, torch.Tensor.double)
+        found = run(kernels, torch.Tensor.clone, backend=backend)
+        for i, a, e in zip(wanted, found, exact, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5, msg=f"{wanted}: {i}")
 
 
-@pytest.mark.parametrize("name", list(calls()))
+@each_operator
 def test_same_bits_again_and_a_batch_is_its_images(name):
-    function, batch = calls()[name]
-    together, again = as_list(function(*batch)), as_list(function(*batch))
-    images = [as_list(function(*(t[b : b + 1] for t in batch))) for b in range(3)]
-    alone = [torch.cat(outputs) for outputs in zip(*images)]
-    for a, b, c in zip(together, again, alone):
+    function = functools.partial(getattr(kernels, name), backend="triton")
+    if name == "attention":
+        function = functools.partial(function, relation=True)
+    inputs = detached(arguments(name, B=3))
+    together, again = as_list(function(*inputs)), as_list(function(*inputs))
+    images = [as_list(function(*per_image(inputs, slice(b, b + 1)))) for b in range(3)]
+    for a, b, alone in zip(together, again, zip(*images)):
         assert torch.equal(a, b)
         if name in ("dynamic_conv_logits", "attention"):
             # They end in torch's GEMM or exp2, which treat a batch's last rows differently.
             u = 81 * unit(torch.float32)
-            torch.testing.assert_close(a, c, rtol=u, atol=8 * u)
+            torch.testing.assert_close(a, torch.cat(alone), rtol=u, atol=8 * u)
         else:
-            assert torch.equal(a, c)
+            assert torch.equal(a, torch.cat(alone))
 
 
-def test_gradients_have_the_same_bits_again():
-    inputs = [t.requires_grad_() for t in conv_inputs(ConvCase(D=9, C=7))]
-    losses = [kernels.dynamic_conv_logits(*inputs, backend="triton").square().sum()
-              for _ in range(2)]
-    first, second = (torch.autograd.grad(loss, inputs) for loss in losses)
+@each_operator
+def test_gradients_have_the_same_bits_again(name):
+    inputs = arguments(name)
+    first, second = (gradients(getattr(kernels, name)(*inputs, backend="triton"), inputs)
+                     for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-def arguments(device="cpu"):
-    """Every public function with its arguments, differentiable where the function is."""
-    leaf = lambda *size: torch.randn(size, device=device).requires_grad_()
-    x, scores, weight, bias = leaf(2, 9, 3, 5), leaf(2, 3), leaf(3, 7, 9, 3, 3), leaf(7)
-    classes = torch.zeros(2, 4, dtype=torch.int64, device=device)
-    return {
-        "attention": (leaf(2, 2, 6, 16), leaf(2, 2, 6, 16), leaf(2, 2, 6, 16)),
-        "aggregate_attention": (leaf(2, 3, 6, 6),),
-        "dynamic_conv2d": (x, scores, weight, bias),
-        "dynamic_conv_logits": (x, scores, weight, bias),
-        "class_maps": (x, scores, weight, bias, classes),
-    }
+@each_backend
+@each_operator
+def test_an_empty_batch(name, backend):
+    """Empty outputs, and gradients of zeros for what all images share."""
+    full = arguments(name)
+    inputs = per_image(detached(full), slice(0, 0))
+    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+    outputs = getattr(kernels, name)(*inputs, backend=backend)
+    expected = getattr(kernels, name)(*detached(full), backend="torch")
+    for o, e in zip(as_list(outputs), as_list(expected), strict=True):
+        assert o.shape == (0, *e.shape[1:]) and o.dtype == e.dtype
+    for leaf, gradient in zip(inputs, gradients(outputs, inputs)):
+        assert gradient.shape == leaf.shape and not gradient.any()
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", list(arguments()))
-def test_forward_and_backward_on_the_meta_device(name, backend):
+@each_backend
+def test_no_requested_classes(backend):
+    *inputs, classes = detached(arguments("class_maps"))
+    maps = kernels.class_maps(*inputs, classes[:, :0], backend=backend)
+    assert maps.shape == (2, 0, 3, 5)
+
+
+@pytest.mark.parametrize("ids", [[0, -1], [7, 3], [2**32, 0], [-(2**40), 5]])
+def test_class_ids_out_of_range_are_an_error_in_cpu_memory(ids):
+    *inputs, _ = detached(arguments("class_maps", B=1))
+    refused(ValueError, ["classes", str(min(ids)), str(max(ids)), "0 to 6"],
+            kernels.class_maps, *inputs, torch.tensor([ids]))
+
+
+@each_backend
+def test_class_ids_out_of_range_are_nan_on_a_gpu(backend, monkeypatch):
+    """There nobody reads the ids before the kernel runs. The known ones are as ever."""
+    *inputs, _ = detached(arguments("class_maps", B=1))
+    known, mixed = torch.tensor([[3, 6, 5, 0]]), torch.tensor([[3, -1, 7, 0]])
+    expected = kernels.class_maps(*inputs, known, backend=backend)
+    monkeypatch.setattr(kernels, "check_classes", lambda *_: None)
+    found = kernels.class_maps(*inputs, mixed, backend=backend)
+    assert found[:, 1:3].isnan().all()
+    torch.testing.assert_close(found[:, [0, 3]], expected[:, [0, 3]])
+
+
+# ------------------------------------------------------------------------------- meta, torch.compile
+
+
+@each_backend
+@each_operator
+def test_shapes_and_gradients_on_the_meta_device(name, backend):
     """Shapes, strides and devices without data. A tensor made on another device would raise."""
-    function, inputs = getattr(kernels, name), arguments("meta")[name]
+    function, inputs = getattr(kernels, name), arguments(name, device="meta")
     outputs = as_list(function(*inputs, backend=backend))
-    reals = as_list(function(*arguments("cpu")[name], backend=backend))
+    reals = as_list(function(*arguments(name), backend=backend))
     for meta, real in zip(outputs, reals, strict=True):
         assert meta.device.type == "meta" and meta.dtype == real.dtype
         assert meta.shape == real.shape and meta.stride() == real.stride()
@@ -222,54 +306,183 @@ def test_forward_and_backward_on_the_meta_device(name, backend):
         assert gradient.device.type == "meta" and gradient.shape == leaf.shape
 
 
-def test_inference_functions_on_the_meta_device():
-    given = arguments("meta")
-    with torch.no_grad(), kernels.use_backend("triton"):
-        out, cls_attn, relation = kernels.attention(*given["attention"], relation=True)
-        maps = kernels.class_maps(*given["class_maps"])
-    assert (out.shape, cls_attn.shape, relation.shape) == ((2, 2, 6, 16), (2, 6), (2, 5))
-    assert maps.shape == (2, 4, 3, 5)
-
-
 def test_operators_pass_torchs_own_checks():
     """opcheck: schema, autograd registration, fake against real outputs, symbolic shapes."""
-    from kernels import cdm, rpam
-
-    given = arguments()
-    q, k, v = (t.detach() for t in given["attention"])
-    leaf_x = given["dynamic_conv2d"][0]
-    x, scores, weight, bias = (t.detach() for t in given["dynamic_conv2d"])
+    q, k, v = detached(arguments("attention"))
+    leaf_x = arguments("dynamic_conv2d")[0]
+    x, scores, weight, bias, classes = detached(arguments("class_maps"))
     for operator, inputs in (
-        (rpam.aggregate_attention, given["aggregate_attention"]),
+        (rpam.aggregate_attention, arguments("aggregate_attention")),
         (rpam.attention_relation, (q, k, v)),
         (rpam.class_scores, (q[:, :, 0].requires_grad_(), k.clone().requires_grad_())),
-        (rpam.class_scores_backward, (torch.randn(2, 2, 6), q[:, :, 0], k)),
+        (rpam.class_scores_backward, (torch.randn(2, 2, 35), q[:, :, 0], k)),
         (cdm.dynamic_conv2d, (x, scores, weight, bias)),
         (cdm.window_sums, (leaf_x, 3, True)),
         (cdm.window_sums_backward, (torch.randn(2, 9, 9), 3, 5, 3, False)),
-        (cdm.class_products, (x, scores, weight, given["class_maps"][4])),
+        (cdm.class_products, (x, scores, weight, classes)),
     ):
         torch.library.opcheck(operator, inputs)
 
 
-@pytest.mark.parametrize("name", list(arguments()))
-def test_compiles_in_one_graph(name, compile_whole):
-    """Forward and backward."""
-    inputs = arguments()[name]
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
+@each_backend
+@each_operator
+def test_compiles_in_one_graph(name, backend, amp, compile_whole, monkeypatch):
+    """Forward and backward, on torch 2.11 too, where Dynamo cannot trace is_autocast_available."""
+    def untraceable(device):
+        torch._dynamo.graph_break()
+        return True
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    inputs = arguments(name)
 
     def run(function):
-        outputs = function(*inputs, backend="triton")
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            outputs = function(*inputs, backend=backend)
         return [*as_list(outputs), *gradients(outputs, inputs)]
 
     function = getattr(kernels, name)
-    for plain, compiled in zip(run(function), run(compile_whole(function))):
-        torch.testing.assert_close(plain, compiled)
+    for plain, compiled in zip(run(function), run(compile_whole(function)), strict=True):
+        torch.testing.assert_close(compiled, plain)
+
+
+# ------------------------------------------------------------------------------------------ autocast
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["attention", "aggregate_attention"])
+def test_maps_are_float32_under_autocast(name, backend):
+    """And as exact as that, for inputs that autocast has rounded to bfloat16."""
+    q, k, v = (t.bfloat16() for t in attention_inputs(AttentionCase(N=40, d=16)))
+    inputs = (q, k, v) if name == "attention" else ((q @ k.mT).float().softmax(-1),)
+    options = {"relation": True} if name == "attention" else {}
+    exact = getattr(reference, name)(*(t.double() for t in inputs), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        given = [t.float() for t in inputs]
+        outputs = getattr(kernels, name)(*given, **options, backend=backend)
+    for actual, expected in zip(outputs[-2:], exact[-2:]):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
+
+
+def run_under(context, cast, name, inputs, backend):
+    """An operator's outputs and gradients, its backward pass outside of the context."""
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
+    with context:
+        outputs = as_list(getattr(kernels, name)(*map(cast, leaves), backend=backend))
+    loss = sum(output.float().square().sum() for output in outputs)
+    wanted = [t for t in leaves if t.requires_grad]
+    return [*outputs, *torch.autograd.grad(loss, wanted)]
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name != "aggregate_attention"])
+def test_autocast_casts_as_torchs_products_do(name, given):
+    """All of them to bfloat16, but for float64, which stays. Results and gradients are those of
+    inputs cast by hand, gradients in the leaves' dtype."""
+    cast = torch.bfloat16 if given != torch.float64 else given
+    inputs = arguments(name, dtype=given)
+    for backend in ("torch", "triton")[: 1 + (given != torch.float64)]:
+        automatic = run_under(
+            torch.autocast("cpu", torch.bfloat16), lambda t: t, name, inputs, backend)
+        by_hand = run_under(
+            contextlib.nullcontext(),
+            lambda t: t.to(cast) if t.is_floating_point() else t, name, inputs, backend)
+        assert automatic[0].dtype == cast
+        for a, b in zip(automatic, by_hand, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * b.abs().max().item())
+
+
+# --------------------------------------------------------------------------------- strides, addresses
+
+
+@pytest.fixture
+def far(tmp_path):
+    """The same values with what lies along an axis 2^30 + 8 elements apart, in a sparse file.
+
+    Triton passes such a stride as a 32-bit number, and the third's offset does not fit in one.
+    """
+    numbers = itertools.count()
+
+    def place(tensor, axis):
+        strides = list(tensor.contiguous().stride())
+        strides[axis] = 2**30 + 8
+        memory = torch.from_file(
+            str(tmp_path / str(next(numbers))), shared=True, dtype=tensor.dtype,
+            size=(tensor.shape[axis] - 1) * strides[axis] + tensor.numel())
+        return memory.as_strided(tensor.shape, strides).copy_(tensor)
+
+    return place
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["images", "heads"])
+@pytest.mark.parametrize("name, d", [
+    ("one pass", 8), ("two passes", 72), ("class row", 8), ("aggregate_attention", 8)])
+def test_attention_of_images_and_heads_far_apart(name, d, axis, far):
+    """Results and gradients are those of the same values side by side."""
+    q, k, v = (t.half() for t in attention_inputs(AttentionCase(
+        B=3, S=3, N=5, d=d, layouts=("contiguous",) * 3)))
+    inputs = (q, k, v)
+    if name == "aggregate_attention":
+        inputs, function = [(q @ k.mT).softmax(-1)], kernels.aggregate_attention
+    elif name == "class row":
+        function = lambda *qkv, **options: kernels.attention(*qkv, **options)[1]
+    else:
+        function = functools.partial(kernels.attention, relation=True)
+
+    def run(convert):
+        wanted = [] if "pass" in name else range(min(2, len(inputs)))
+        upstream = [torch.ones(3, 6), torch.ones(3, 5)][: 1 + (name != "class row")]
+        on_triton = functools.partial(function, backend="triton")
+        found = with_gradients(on_triton, lambda t: t, map(convert, inputs), upstream, wanted)
+        return [t for t in found if t is not None]
+
+    near = run(lambda t: t)
+    with in_bounds():
+        far_away = run(lambda t: far(t, axis))
+    assert all(map(torch.equal, near, far_away))
+
+
+@pytest.mark.parametrize("name", OPERATORS[2:])
+def test_convolution_of_images_far_apart(name, far):
+    x, *rest = (t.half() if t.is_floating_point() else t
+                for t in detached(arguments(name, B=3)))
+    with in_bounds():
+        near, far_away = (
+            getattr(kernels, name)(images, *rest, backend="triton") for images in (x, far(x, 0)))
+    assert torch.equal(near, far_away)
+
+
+def test_gradient_of_pooled_images_beyond_32_bits(far):
+    """Image 2 of dX is written where it lies, 2^31 elements on: of each image the first block."""
+    D, H, W, rows = 64, 2**12, 2**12, 32
+    grad = torch.randn(3, D, 9, generator=torch.Generator().manual_seed(0)).half()
+    grad[2] = grad[0]
+    room = far(torch.zeros(3, rows, D).half(), 0)
+    with in_bounds():
+        cdm.window_sums_backward_kernel[(3, 1, 1)](
+            grad, room, D, H, W, 3, False, BLOCK_D=D, BLOCK_P=rows, BLOCK_T=16, PRECISION="ieee")
+    first, _, third = room.as_strided((3, rows, D), (H * W * D, D, 1))
+    assert first.any() and torch.equal(first, third)
+
+
+def test_offsets_inside_an_image_stay_below_32_bits():
+    """Else the tensor is copied together, and refused where that does not help."""
+    from kernels.launch import short_offsets
+
+    wide = torch.empty(1, device="meta").as_strided((2, 3, 4), (1, 2**31, 1))
+    assert short_offsets("x", wide, 1).stride() == (12, 4, 1)
+    assert short_offsets("x", wide, 2) is wide  # a kernel adds a head's offset in 64 bits
+    huge = torch.empty(1, device="meta").as_strided((1, 2**16, 2**16), (0, 2**16, 1))
+    refused(ValueError, ["x", "65536", "2^31"], short_offsets, "x", huge, 1)
+
+
+# ------------------------------------------------------------------------------------------ dispatch
 
 
 def test_use_backend(monkeypatch):
     """Inner blocks and the keyword win over outer blocks; a block ends with an exception too."""
-    from kernels import rpam
-
     attn, launches = torch.rand(1, 1, 3, 3).softmax(-1), []
     monkeypatch.setattr(rpam, "launch", lambda *_, **options: launches.append(options))
 
@@ -291,190 +504,58 @@ def test_use_backend(monkeypatch):
     assert not launched()
 
 
-def test_kernels_come_without_triton_until_they_run():
-    code = ("import sys, torch, kernels as k; k.attention(*torch.ones(3, 1, 1, 2, 4)); "
-            "sys.exit('triton' in sys.modules)")
+def python(code: str) -> str:
+    """What a fresh Python without the interpreter prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.path.dirname(os.path.dirname(kernels.__file__))
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment,
+                           capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
 
 
-# ------------------------------------------------------- what surrounds the arithmetic
+def test_triton_is_not_imported_before_a_kernel_runs():
+    assert python("import sys, torch, kernels as k; k.attention(*torch.ones(3, 1, 1, 2, 4)); "
+                  "print('triton' in sys.modules)") == "False\n"
 
 
-@pytest.mark.parametrize("wanted", [
-    subset for n in range(1, 5) for subset in itertools.combinations(range(4), n)
-])
-def test_any_of_the_gradients(wanted):
-    check_logits(kernels, ConvCase(D=9, C=7, wanted=wanted))
+def test_dot_precision_follows_torchs_setting():
+    """A setting is the process's: each in a child of its own."""
+    expected = {
+        "pass": "tf32x3", "torch.backends.cuda.matmul.allow_tf32 = True": "tf32",
+        "torch.set_float32_matmul_precision('high')": "tf32",
+        "torch.set_float32_matmul_precision('medium')": "tf32",
+        "torch.set_float32_matmul_precision('highest')": "tf32x3",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+        "torch.backends.fp32_precision = 'tf32'": "tf32",
+        "torch.backends.cudnn.allow_tf32 = False": "tf32x3",
+        "torch.version.hip = '6'": "ieee",
+    }
+    found = python(
+        "import os, torch\nfrom kernels.launch import dot_precision\n"
+        f"for setting in {list(expected)}:\n"
+        "    if not os.fork():\n"
+        "        exec(setting)\n"
+        "        print(dot_precision(), flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.wait()\n")
+    assert dict(zip(expected, found.split(), strict=True)) == expected
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["attention", "dynamic_conv2d", "class_maps"])
-def test_any_of_the_gradients_beside_torchs_own(name, backend):
-    """Of functions whose gradients torch computes in part or altogether."""
-    inputs = [t.detach() for t in arguments()[name]]
-    differentiable = [i for i, t in enumerate(inputs) if t.is_floating_point()]
-    for wanted in itertools.chain.from_iterable(
-            itertools.combinations(differentiable, n) for n in (1, 2, 3, 4)):
-        def run(functions, convert, **options):
-            leaves = [convert(t).clone() if i in differentiable else t
-                      for i, t in enumerate(inputs)]
-            for i in wanted:
-                leaves[i].requires_grad_()
-            outputs = [o for o in as_list(getattr(functions, name)(*leaves, **options))
-                       if o.requires_grad]
-            upstream = [torch.linspace(-1, 1, o.numel()).view(o.shape).to(o) for o in outputs]
-            return torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream,
-                                       allow_unused=True)
+def test_dot_precision_before_torch_2_9(monkeypatch):
+    from kernels import launch
 
-        exact = run(reference, torch.Tensor.double)
-        found = run(kernels, torch.Tensor.clone, backend=backend)
-        for i, a, e in zip(wanted, found, exact, strict=True):
-            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5, msg=f"{wanted}: {i}")
+    class Matmul:
+        allow_tf32 = True
 
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("check", [check_conv, check_logits, check_class_maps])
-def test_sums_beyond_float16(check, dtype):
-    """196 positions of 60, each up to nine times in a padded pool."""
-    case = ConvCase(B=1, D=9, C=7, h=14, w=14, level=60.0, dtype=dtype)
-    for pool in ("gap", "padded"):
-        check(kernels, case._replace(pool=pool))
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["attention", "aggregate_attention"])
-def test_maps_are_float32_under_autocast(name, backend):
-    """And as exact as that, for inputs that autocast has rounded to bfloat16."""
-    q, k, v = (t.bfloat16() for t in attention_inputs(AttentionCase(N=40, d=16)))
-    inputs = (q, k, v) if name == "attention" else ((q @ k.mT).float().softmax(-1),)
-    options = {"relation": True} if name == "attention" else {}
-    exact = getattr(reference, name)(*(t.double() for t in inputs), **options)
-    with torch.autocast("cpu", torch.bfloat16):
-        given = [t.float() for t in inputs]
-        outputs = getattr(kernels, name)(*given, **options, backend=backend)
-    for actual, expected in zip(outputs[-2:], exact[-2:]):
-        assert actual.dtype == torch.float32
-        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["dynamic_conv2d", "dynamic_conv_logits", "class_maps"])
-def test_autocast_casts_and_backward_runs_outside(name, backend):
-    """Results and gradients are those of inputs cast by hand, gradients in the leaves' dtype."""
-    case = ConvCase(D=9, C=7)
-    classes = (torch.tensor([[1, 6], [0, 0]]),) * (name == "class_maps")
-
-    def run(cast, context):
-        leaves = [t.requires_grad_() for t in conv_inputs(case)]
-        with context:
-            output = getattr(kernels, name)(*map(cast, leaves), *classes, backend=backend)
-        assert output.dtype == torch.bfloat16
-        return output, *torch.autograd.grad(output.float().square().sum(), leaves)
-
-    automatic = run(lambda t: t, torch.autocast("cpu", torch.bfloat16))
-    by_hand = run(lambda t: t.bfloat16(), torch.autocast("cpu", enabled=False))
-    for a, b in zip(automatic, by_hand):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * b.abs().max().item())
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("name", ["attention", "aggregate_attention", "dynamic_conv2d",
-                                  "dynamic_conv_logits", "class_maps"])
-def test_an_empty_batch(name, backend):
-    """Empty outputs, and gradients of zeros for what all images share."""
-    full = arguments()[name]
-    shared = 1 if name in ("attention", "aggregate_attention") else 2
-    inputs = [t.detach()[:0] for t in full] if shared == 1 else [
-        t.detach()[:0] if i in (0, 1, 4) else t.detach() for i, t in enumerate(full)]
-    expected = getattr(kernels, name)(*(t.detach() for t in full), backend="torch")
-    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
-    outputs = getattr(kernels, name)(*inputs, backend=backend)
-    for o, e in zip(as_list(outputs), as_list(expected), strict=True):
-        assert o.shape == (0, *e.shape[1:]) and o.dtype == e.dtype
-    for leaf, gradient in zip(inputs, gradients(outputs, inputs)):
-        assert gradient.shape == leaf.shape and not gradient.any()
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_no_requested_classes(backend):
-    inputs = [t.detach() for t in conv_inputs(ConvCase())]
-    none = torch.empty(2, 0, dtype=torch.int64)
-    assert kernels.class_maps(*inputs, none, backend=backend).shape == (2, 0, 5, 8)
-
-
-@pytest.mark.parametrize("ids", [[0, -1], [21, 3], [2**32, 0], [-(2**40), 5]])
-def test_class_ids_out_of_range(ids):
-    """ValueError in CPU memory; below that check the kernel and torch read nothing and give NaN."""
-    from kernels import cdm, torch_path
-
-    case = ConvCase(B=1)
-    inputs, classes = conv_inputs(case), torch.tensor([ids])
-    refused(ValueError, ["classes", str(min(ids)), str(max(ids)), "0 to 20"],
-            kernels.class_maps, *inputs, classes)
-    valid = [i for i in range(2) if 0 <= ids[i] < case.C]
-    for products in (cdm.class_products, torch_path.class_products):
-        pairs = products(*inputs[:3], classes).unflatten(1, (2, 9))
-        for i in range(2):
-            assert pairs[:, i].isfinite().all() if i in valid else pairs[:, i].isnan().all()
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_unknown_classes_on_a_gpu_are_nan(backend, monkeypatch):
-    """There nobody reads the ids before the kernel runs. The known ones are as ever."""
-    inputs = conv_inputs(ConvCase(B=1))
-    known, mixed = torch.tensor([[3, 20, 5, 0]]), torch.tensor([[3, -1, 21, 0]])
-    expected = kernels.class_maps(*inputs, known, backend=backend)
-    monkeypatch.setattr(kernels, "check_classes", lambda *_: None)
-    found = kernels.class_maps(*inputs, mixed, backend=backend)
-    assert found[:, 1:3].isnan().all()
-    torch.testing.assert_close(found[:, [0, 3]], expected[:, [0, 3]])
-
-
-def far(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values with images 2^31 elements apart, in memory that nobody touches in between."""
-    stride = 2**31 + 8
-    larger = torch.empty((len(tensor) - 1) * stride + tensor[0].numel(), dtype=tensor.dtype)
-    view = larger.as_strided(tensor.shape, (stride, *tensor[0].contiguous().stride()))
-    return view.copy_(tensor)
-
-
-@pytest.mark.parametrize("name", ["attention", "class_row", "aggregate_attention", "dynamic_conv2d",
-                                  "dynamic_conv_logits", "class_maps"])
-def test_images_far_apart(name):
-    """Offsets beyond 32 bits: the results are those of the same values side by side."""
-    def run(place):
-        if name in ("attention", "class_row", "aggregate_attention"):
-            q, k, v = (t.half() for t in attention_inputs(
-                AttentionCase(S=1, N=5, d=8, layouts=("contiguous",) * 3)))
-            if name == "aggregate_attention":
-                return kernels.aggregate_attention(
-                    place((q @ k.mT).softmax(-1)), backend="triton")
-            q, k, v = map(place, (q, k, v))
-            return kernels.attention(q, k, v, relation=name == "attention", backend="triton")[:2]
-        x, *rest = (t.half() for t in conv_inputs(ConvCase(D=3, C=2, h=2, w=2)))
-        classes = (torch.tensor([[1], [0]]),) * (name == "class_maps")
-        return (getattr(kernels, name)(place(x), *rest, *classes, backend="triton"),)
-
-    for near_by, far_away in zip(run(lambda t: t), run(far)):
-        assert torch.equal(near_by, far_away)
-
-
-def test_offsets_inside_an_image_stay_below_32_bits():
-    """Else the tensor is copied together, and refused where that does not help."""
-    from kernels.launch import short_offsets
-
-    wide = torch.empty(1, device="meta").as_strided((2, 3, 4), (1, 2**31, 1))
-    assert short_offsets("x", wide, 1).stride() == (12, 4, 1)
-    assert short_offsets("x", wide, 2) is wide  # a kernel adds a head's offset in 64 bits
-    huge = torch.empty(1, device="meta").as_strided((1, 2**16, 2**16), (0, 2**16, 1))
-    refused(ValueError, ["x", "65536", "2^31"], short_offsets, "x", huge, 1)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul)
+    assert launch.dot_precision() == "tf32"
+    Matmul.allow_tf32 = False
+    assert launch.dot_precision() == "tf32x3"
 
 
 class Launched:
-    """A kernel that remembers the grid and the current device."""
+    """A kernel that remembers the grid."""
 
     __name__ = "some_kernel"
     grid = None
@@ -501,8 +582,6 @@ def test_launch_checks_the_grid_and_enters_the_tensors_device(monkeypatch):
 
 def test_the_batch_is_on_the_grids_first_axis(monkeypatch):
     """The one that may be long: the other axes stay the same for a batch of 1 and of 3."""
-    from kernels import cdm, rpam
-
     grids = {}
 
     def record(kernel, grid, *arguments, **options):
@@ -510,44 +589,15 @@ def test_the_batch_is_on_the_grids_first_axis(monkeypatch):
 
     monkeypatch.setattr(cdm, "launch", record)
     monkeypatch.setattr(rpam, "launch", record)
-    for B in (1, 3):
-        for function, batch in calls(B).values():
-            function(*batch)
-            if len(batch) != 3:
-                leaves = [t.requires_grad_() for t in batch]
-                gradients(function(*leaves), leaves)
-    assert len(grids) == 7
-    for name, (one, *_, three) in grids.items():
+    for B, name in itertools.product((1, 3), OPERATORS):
+        inputs = arguments(name, B)
+        function = functools.partial(getattr(kernels, name), backend="triton")
+        gradients(function(*inputs), inputs)
+        function(*detached(inputs), **{"relation": True} if name == "attention" else {})
+    assert len(grids) >= 8
+    for name, of_batches in grids.items():
+        one, three = of_batches[:: len(of_batches) // 2]
         assert three == (3 * one[0], *one[1:]), name
-
-
-@pytest.mark.parametrize("setting, expected", [
-    ("pass", "tf32x3"), ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
-    ("torch.set_float32_matmul_precision('high')", "tf32"),
-    ("torch.set_float32_matmul_precision('medium')", "tf32"),
-    ("torch.set_float32_matmul_precision('highest')", "tf32x3"),
-    ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-    ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-    ("torch.backends.cudnn.allow_tf32 = False", "tf32x3"), ("torch.version.hip = '6'", "ieee"),
-])
-def test_dot_precision_follows_torchs_setting(setting, expected):
-    code = f"import torch; {setting}; from kernels.launch import dot_precision as d; print(d())"
-    environment = os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(kernels.__file__))}
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
-                           text=True, env=environment)
-    assert ended.stdout.strip() == expected, ended.stderr
-
-
-def test_dot_precision_before_torch_2_9(monkeypatch):
-    from kernels import launch
-
-    class Matmul:
-        allow_tf32 = True
-
-    monkeypatch.setattr(torch.backends.cuda, "matmul", Matmul)
-    assert launch.dot_precision() == "tf32"
-    Matmul.allow_tf32 = False
-    assert launch.dot_precision() == "tf32x3"
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -560,14 +610,14 @@ def refused(error, words, function, *inputs, **options):
     assert all(word in message for word in words) and "\n" not in message, message
 
 
-def test_errors_name_the_argument_what_it_got_and_needs(monkeypatch):
-    given = {name: [t.detach() for t in inputs] for name, inputs in arguments().items()}
-    q, k, v = given["attention"]
-    (attn,), (x, scores, weight, bias, classes) = given["aggregate_attention"], given["class_maps"]
-    attention, aggregate, conv, logits, maps = (getattr(kernels, name) for name in given)
+def test_errors_name_the_argument_what_it_got_and_needs():
+    q, k, v = detached(arguments("attention"))
+    (attn,) = detached(arguments("aggregate_attention"))
+    x, scores, weight, bias, classes = detached(arguments("class_maps"))
+    attention, aggregate, conv, logits, maps = (getattr(kernels, name) for name in OPERATORS)
     for words, function, *inputs in (
-        ("q: got shape (2, 6, 16), need (B, S, N+1, d)", attention, q[0], k[0], v[0]),
-        ("k: got shape (2, 2, 5, 16), need q's (2, 2, 6, 16)", attention, q, k[:, :, 1:], v),
+        ("q: got shape (2, 35, 16), need (B, S, N+1, d)", attention, q[0], k[0], v[0]),
+        ("k: got shape (2, 2, 34, 16), need q's (2, 2, 35, 16)", attention, q, k[:, :, 1:], v),
         ("v: got torch.float16 on cpu, q is torch.float32", attention, q, k, v.half()),
         ("v: got torch.float32 on meta, q is torch.float32 on cpu", attention, q, k, v.to("meta")),
         ("q: got torch.int64", attention, q.long(), k.long(), v.long()),
@@ -581,7 +631,7 @@ def test_errors_name_the_argument_what_it_got_and_needs(monkeypatch):
         ("scores: got torch.float32 on meta", conv, x, scores.to("meta"), weight, bias),
         ("bias: got shape (6,), need (7,)", conv, x, scores, weight, bias[1:]),
         ("weight: got torch.float16", conv, x, scores, weight.half(), bias),
-        ("classes: got torch.int64 of shape (4,), need int64 of (2, K)", maps, x, scores, weight,
+        ("classes: got torch.int64 of shape (3,), need int64 of (2, K)", maps, x, scores, weight,
          bias, classes[0]),
         ("classes: got torch.float32", maps, x, scores, weight, bias, classes.float()),
         ("classes: got a tensor on meta, x is on cpu", maps, x, scores, weight, bias,
@@ -594,18 +644,23 @@ def test_errors_name_the_argument_what_it_got_and_needs(monkeypatch):
             backend="cuda")
     refused(ValueError, ["backend: got 'cuda'"], kernels.use_backend("cuda").__enter__)
 
+
+def test_errors_of_what_triton_cannot_run(monkeypatch):
+    q, k, v = detached(arguments("attention"))
+    (attn,) = detached(arguments("aggregate_attention"))
     with kernels.use_backend("triton"):
-        refused(ValueError, ["attn: got torch.float64", "float32"], aggregate, attn.double())
+        refused(ValueError, ["attn: got torch.float64", "float32"], kernels.aggregate_attention,
+                attn.double())
         wide = torch.randn(1, 1, 3, 129)
         for relation in (True, False):
-            refused(ValueError, ["q: got head dimension 129", "at most 128"], attention, wide, wide,
-                    wide, relation)
+            refused(ValueError, ["q: got head dimension 129", "at most 128"], kernels.attention,
+                    wide, wide, wide, relation)
     for backend in ("torch", "triton"):
-        refused(RuntimeError, ["attention: relation=True has no gradient", "no_grad"], attention,
-                q.requires_grad_(), k, v, relation=True, backend=backend)
+        refused(RuntimeError, ["attention: relation=True has no gradient", "no_grad"],
+                kernels.attention, q.requires_grad_(), k, v, relation=True, backend=backend)
     monkeypatch.delenv("TRITON_INTERPRET")
-    refused(RuntimeError, ["x: got a CPU tensor", "TRITON_INTERPRET"], conv, x, scores, weight,
-            bias, backend="triton")
+    refused(RuntimeError, ["attn: got a CPU tensor", "TRITON_INTERPRET"],
+            kernels.aggregate_attention, attn, backend="triton")
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -623,24 +678,23 @@ def small_model():
 @pytest.mark.parametrize("classes", [None, "all"])
 def test_localize_is_the_same_on_triton(classes):
     model, images = small_model()
-    torch_path = model.localize(images, classes)
+    on_torch = model.localize(images, classes)
     with kernels.use_backend("triton"):
-        triton_path = model.localize(images, classes)
-    for a, b in zip(triton_path, torch_path):
+        on_triton = model.localize(images, classes)
+    for a, b in zip(on_triton, on_torch):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_a_training_step_is_the_same_on_triton():
     model, images = small_model()
-
     names, parameters = zip(*model.named_parameters())
 
     def step():
         loss = torch.nn.functional.cross_entropy(model(images), torch.tensor([1, 4]))
         return dict(zip(names, torch.autograd.grad(loss, parameters)))
 
-    torch_path = step()
+    on_torch = step()
     with kernels.use_backend("triton"):
-        triton_path = step()
-    for name, gradient in torch_path.items():
-        torch.testing.assert_close(triton_path[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        on_triton = step()
+    for name, gradient in on_torch.items():
+        torch.testing.assert_close(on_triton[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
