@@ -280,6 +280,27 @@ def spawn(*arguments, **environment):
         text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def on_a_gpu(*arguments) -> str:
+    """What another python prints, one that may see a GPU: without one the test is skipped.
+
+    The tests' own process sees none, and has Triton's interpreter: conftest.py.
+    """
+    hidden = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment["PYTHONPATH"] = str(ROOT)
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, text=True,
+                              capture_output=True)
+
+    if not (torch.version.cuda or torch.version.hip) or run(
+            "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())").returncode:
+        pytest.skip("there is no GPU")
+    ended = run(*arguments)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
 def torchrun(*arguments, script="train.py"):
     """(exit status, standard error) of a script in two processes."""
     run = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,

@@ -1,11 +1,10 @@
 """Every kernel as its PTX for sm_80 and for sm_90, executed by ptx.py on this CPU, against the
 equations in float64: kernel_properties.py's properties, forward and backward.
 
-    pytest tests/machine/test_kernels_ptx.py            # a few small shapes
-    pytest tests/machine/test_kernels_ptx.py -m full    # more of them, and DeiT-S's: minutes
+    pytest tests/machine/test_kernels_ptx.py            # a small shape each
+    pytest tests/machine/test_kernels_ptx.py -m full    # drawn ones, and DeiT-S's: minutes
 """
 
-import itertools
 import pathlib
 import re
 
@@ -17,13 +16,28 @@ pytest.importorskip("triton")
 import kernels
 import ptx
 from kernel_properties import (
-    DEIT_SMALL, DTYPES, PROPERTIES, AttentionCase, ConvCase, check_attention, check_class_maps,
-    check_dynamic_conv2d, check_dynamic_conv_logits, hold,
+    ATTENTIONS, CONVOLUTIONS, DEIT_SMALL, DTYPES, PROPERTIES, AttentionCase, ConvCase,
+    check_attention, check_class_maps, check_dynamic_conv2d, check_dynamic_conv_logits, hold,
 )
 
-each_target = pytest.mark.parametrize("sm", [80, 90])
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_property = pytest.mark.parametrize("check", PROPERTIES)
+each_target = pytest.mark.parametrize("sm", [80, 90])
+SMALL = {  # odd sizes, and two programs along each axis that has several
+    ATTENTIONS: [AttentionCase(B=2, S=1, N=69, d=24), AttentionCase(B=1, S=1, N=256, d=32)],
+    CONVOLUTIONS: [ConvCase(B=2, D=37, C=65, G=3, h=3, w=13), ConvCase(B=1, k=1, h=2)],
+}
+
+
+def run(check, case, sm):
+    with ptx.emulated(sm) as launched:
+        check(kernels, case)
+    assert launched, "no kernel ran"
+
+
+@pytest.mark.parametrize("sm, dtype", [(80, torch.float32), (90, torch.bfloat16)])
+@each_property
+def test_compiled_kernels_equal_their_twins(check, sm, dtype):
+    run(check, SMALL[PROPERTIES[check]][0]._replace(dtype=dtype), sm)
 
 
 def small(case) -> bool:
@@ -33,31 +47,20 @@ def small(case) -> bool:
     return case.B * case.G * case.h * case.w <= 60
 
 
-def hold_as_ptx(check, dtype, sm, examples):
-    with ptx.emulated(sm) as launched:
-        hold(check, dtype, examples, small)
-    assert launched, "no kernel ran"
-
-
-@each_property
-def test_compiled_kernels_equal_their_twins(check):
-    hold_as_ptx(check, torch.bfloat16, 90, examples=2)
-
-
 @pytest.mark.full
 @each_target
-@each_dtype
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_property
-def test_more_compiled_kernels_equal_their_twins(check, dtype, sm):
-    hold_as_ptx(check, dtype, sm, examples=4)
+def test_drawn_cases_of_compiled_kernels(check, dtype, sm):
+    with ptx.emulated(sm):
+        hold(check, dtype, 5, small)
 
 
 @pytest.mark.full
 @each_target
 @each_property
 def test_deit_small_as_ptx(check, sm):
-    with ptx.emulated(sm):
-        check(kernels, DEIT_SMALL[PROPERTIES[check]]._replace(B=1, dtype=torch.bfloat16))
+    run(check, DEIT_SMALL[PROPERTIES[check]]._replace(B=1, dtype=torch.bfloat16), sm)
 
 
 @pytest.mark.parametrize("check, case, sm", [
@@ -66,26 +69,36 @@ def test_deit_small_as_ptx(check, sm):
     (check_class_maps, ConvCase(B=1), 90),
 ])
 def test_float32_is_float32_unless_torch_may_take_tf32(check, case, sm):
-    with ptx.emulated(sm):
-        check(kernels, case)
-        torch.set_float32_matmul_precision("high")  # conftest resets it
-        with pytest.raises(AssertionError, match="off by"):
-            check(kernels, case)
+    run(check, case, sm)
+    torch.set_float32_matmul_precision("high")  # conftest resets it
+    with pytest.raises(AssertionError, match="off by"):
+        run(check, case, sm)
 
 
 @pytest.mark.full
-def test_every_instruction_that_kernels_use_is_tested_by_itself():
-    """test_ptx.py has each in a program written by hand."""
+def test_every_instruction_that_kernels_use_has_a_program_of_its_own():
+    """In test_ptx.py, written by hand."""
     written = (pathlib.Path(__file__).parent / "test_ptx.py").read_text()
-    written, used = written + written.replace("{trans}", ""), set()
+    kinds = set(re.search(r"KINDS = {(.*)}", written)[1].replace('"', "").split())
+    used = set()
 
     def collect(code):
         used.update(".".join(step.parts) for step in ptx.parse(code, 0, 1).code)
         return code
 
-    for sm, dtype in itertools.product((80, 90), DTYPES):
-        with ptx.emulated(sm, collect):
-            for check, cases in PROPERTIES.items():
-                case = DEIT_SMALL[cases]
-                case = case._replace(dtype=dtype)
-                check(kernels, case)
+    for check, cases in PROPERTIES.items():
+        for sm in (80, 90):
+            for dtype in DTYPES:
+                for case in SMALL[cases]:
+                    with ptx.emulated(sm, collect):
+                        check(kernels, case._replace(dtype=dtype))
+
+    def tested(name: str) -> bool:
+        tiles = re.search(r"mma.*\.(m\d+n)\d+(k\d+)\.", name)
+        if tiles:  # there for each kind of number and each way to hold the operands
+            sizes = [("m16n", "k16"), ("m16n", "k8"), ("m64n", "k16"), ("m64n", "k8")]
+            return tiles.groups() in sizes and name.split(".")[-2] + ":" in kinds
+        return name in written or name.replace(".x4.trans", ".x4{trans}").replace(
+            ".x4.", ".x4{trans}.") in written
+
+    assert len(used) > 80 and not [name for name in sorted(used) if not tested(name)]
