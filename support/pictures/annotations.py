@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -16,22 +17,39 @@ from support.common import printable
 from support.pictures.decode import DataError, Decoded
 
 
+WIDE = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"<\0": "utf-16-le", b"\0<": "utf-16-be"}
+SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030"}  # what files that declare these really hold
+
+
+def encoding_of(content: bytes) -> str:
+    """What a file's first bytes or its XML declaration say, else UTF-8."""
+    if content[:2] in WIDE:
+        return WIDE[content[:2]]
+    declared = re.match(rb"\s*<\?xml[^>]*?\sencoding\s*=\s*[\"']([\w.-]+)", content)
+    name = declared[1].decode().lower() if declared else "utf-8"
+    if name.startswith(("utf", "ucs")):  # no wide ones, whatever is declared
+        return "utf-8-sig"
+    return SUPERSETS.get(name, name)
+
+
 def read_text(path: Path) -> str:
     try:
-        text = path.read_text("utf-8-sig")
+        content = path.read_bytes()
+        text = content.decode(encoding_of(content))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    except (OSError, ValueError, LookupError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text, nor in an encoding that it declares "
+                        f"({error})") from None
     if not text.strip():
         raise DataError(f"{path}: empty file")
-    return text
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def notes_of(found: dict[str, list]) -> list[str]:
-    """A note for each reason: how many, and the first."""
-    return [f"{len(names)} {reason} (the first: {printable(names[0])})"
-            for reason, names in found.items() if names]
+def notes_of(remarks: dict[str, list]) -> list[str]:
+    """A note for each remark: how many names it is made of, and the first."""
+    return [f"{len(names)} {remark} (the first: {printable(names[0])})"
+            for remark, names in remarks.items() if names]
 
 
 def parse_box(*numbers) -> tuple[float, ...]:
@@ -76,8 +94,8 @@ def read_synsets(path: Path) -> dict[str, str]:
 
 
 def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], list[str]]:
-    """Of root/boxes.csv: {path below root, normalised: its boxes}, and notes. known: the paths of
-    the images of all splits.
+    """Of root/boxes.csv: {path below root, in NFC: its boxes}, and notes. known: the paths of the
+    images of all splits.
     """
     file, boxes, astray, shares = root / "boxes.csv", {}, [], []
     text = read_text(file) if os.path.lexists(file) else ""
@@ -85,8 +103,8 @@ def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], lis
     try:
         for row in rows:
             name, *numbers = row = [field.strip() for field in row] or [""]
-            header = [number.lower() for number in numbers] == ["xmin", "ymin", "xmax", "ymax"]
-            if not any(row) or rows.line_num == 1 and header:
+            is_header = [number.lower() for number in numbers] == ["xmin", "ymin", "xmax", "ymax"]
+            if not any(row) or is_header and not boxes:
                 continue
             try:
                 box = parse_box(*numbers)
@@ -118,10 +136,10 @@ def below(root: Path, name: str) -> str:
     """A path of boxes.csv as one relative to root, where it lies below it."""
     name = os.path.normpath(name.replace("\\", "/"))
     if os.path.isabs(name) and "\0" not in name:
-        for base, path in ((os.path.abspath(root), name), map(os.path.realpath, (root, name))):
+        for absolute in (os.path.abspath, os.path.realpath):
+            base, path = nfc(absolute(root)), nfc(absolute(name))
             if path.startswith(os.path.join(base, "")):
-                name = os.path.relpath(path, base)
-                break
+                return os.path.relpath(path, base)
     return nfc(name)
 
 
@@ -133,13 +151,14 @@ class Objects(NamedTuple):
     picture: str  # <folder>/<filename>
 
 
-def read_objects(file: Path, from_one: bool = False) -> Objects:
+def read_objects(
+    file: Path, from_one: bool = False, left_out: list[str] | None = None
+) -> Objects:
     """from_one: boxes count pixels from 1 and have their last ones inside; half-open boxes from 0
-    are returned.
+    are returned. left_out: gathers the objects that are none, which are errors without it.
     """
     text, objects = read_text(file), []
-    # which may declare entities that expand without end
-    if "<!DOCTYPE" in text:
+    if "<!DOCTYPE" in text:  # may declare entities that expand without end
         raise DataError(f"{file}: found a document type declaration, needs a plain annotation")
     try:
         annotation = ElementTree.fromstring(text)
@@ -147,18 +166,24 @@ def read_objects(file: Path, from_one: bool = False) -> Objects:
         raise DataError(f"{file}:{error.position[0]}: not well-formed XML ({error})") from None
     for number, item in enumerate(annotation.findall("object"), 1):
         try:
-            box = [float(item.findtext(f"bndbox/{side}"))
-                   for side in ("xmin", "ymin", "xmax", "ymax")]
-            box = parse_box(box[0] - from_one, box[1] - from_one, *box[2:])
-            objects.append((item.findtext("name").strip(), box))
+            objects.append(parse_object(item, from_one))
         except (ValueError, TypeError, AttributeError):
-            raise DataError(
-                f"{file}: object {number} needs a <name> and a <bndbox> of finite xmin < xmax, "
-                "ymin < ymax") from None
+            if left_out is None:
+                raise DataError(
+                    f"{file}: object {number} needs a <name> and a <bndbox> of finite xmin < xmax, "
+                    "ymin < ymax") from None
+            left_out.append(f"{file}: object {number}")
     sides = [annotation.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     stated = read_size(*(side or 0 for side in sides), f"{file}: <size>")
     names = [annotation.findtext(tag, "").strip() for tag in ("folder", "filename")]
     return Objects(objects, stated, "/".join(names))
+
+
+def parse_object(item: ElementTree.Element, from_one: bool) -> tuple[str, tuple[float, ...]]:
+    """(class, box) of an <object>; ValueError, TypeError or AttributeError where it is none."""
+    x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{side}"))
+                      for side in ("xmin", "ymin", "xmax", "ymax"))
+    return item.findtext("name").strip(), parse_box(x0 - from_one, y0 - from_one, x1, y1)
 
 
 def read_size(width, height, where: str) -> tuple[int, int] | None:
@@ -195,6 +220,8 @@ UNTOLD = ("images are turned or mirrored by EXIF in a way that no stated size sh
           "are taken as the upright picture's")
 SIDEWAYS = ("images turned by EXIF have boxes that reach beyond them but not beyond the picture as "
             "stored: needs boxes of the upright picture")
+DARK = ("images are nearly black, no value above 15 of 255, as 12-bit values in 16-bit files are: "
+        "taken as they are")
 
 
 def turn_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> tuple[float, ...]:
@@ -211,7 +238,7 @@ def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return max((b[i] - 1) / a[i] for i in (0, 1)) <= min((b[i] + 1) / a[i] for i in (0, 1))
 
 
-def place_boxes(boxes: list, stated: tuple[int, int] | None, found: Decoded) -> tuple[list, str]:
+def place_boxes(boxes: list, stated: tuple[int, int] | None, decoded: Decoded) -> tuple[list, str]:
     """Boxes of a picture in pixels of its upright form, and what there is to say about them.
 
     stated is the (width, height) that their annotation has for the picture: the upright one's; the
@@ -219,13 +246,13 @@ def place_boxes(boxes: list, stated: tuple[int, int] | None, found: Decoded) -> 
     swapped, where nothing but this statement is wrong; or that of a larger or smaller copy of
     either, where the boxes are scaled. Raises ValueError where it is none of these.
     """
-    stored, upright, turn = found.stored, found.size, found.orientation
+    stored, upright, orientation = decoded.stored, decoded.size, decoded.orientation
     if not stated:
         return boxes, UNSTATED
     if stated == upright:
-        return boxes, UNTOLD if turn > 1 and stored == upright and boxes else ""
+        return boxes, UNTOLD if orientation > 1 and stored == upright and boxes else ""
     if stated == stored:
-        return [turn_box(box, stored, turn) for box in boxes], ""
+        return [turn_box(box, stored, orientation) for box in boxes], ""
     if stated == upright[::-1]:
         return boxes, ""
     frames = [frame for frame in (upright, stored) if same_aspect(stated, frame)]
@@ -236,44 +263,49 @@ def place_boxes(boxes: list, stated: tuple[int, int] | None, found: Decoded) -> 
     sx, sy = frame[0] / stated[0], frame[1] / stated[1]
     boxes = [(x0 * sx, y0 * sy, x1 * sx, y1 * sy) for x0, y0, x1, y1 in boxes]
     if frame != upright:
-        boxes = [turn_box(box, stored, turn) for box in boxes]
+        boxes = [turn_box(box, stored, orientation) for box in boxes]
     return boxes, SCALED
 
 
-def misfit(where, stated: tuple[int, int], picture, found: Decoded) -> DataError:
+def wrong_size(where, stated: tuple[int, int], picture, decoded: Decoded) -> DataError:
     """The error for a stated size that place_boxes cannot use."""
-    turned = f", {found.size[0]} x {found.size[1]} upright" * (found.size != found.stored)
+    width, height = decoded.size
+    turned = f", {width} x {height} upright" * (decoded.size != decoded.stored)
     return DataError(f"{where}: states a size of {stated[0]} x {stated[1]}, but {picture} is "
-                     f"{found.stored[0]} x {found.stored[1]}{turned}: needs boxes of that picture, "
-                     "or of a copy in the same aspect")
+                     f"{decoded.stored[0]} x {decoded.stored[1]}{turned}: needs boxes of that "
+                     "picture, or of a copy in the same aspect")
 
 
 def place_all(
-    boxes: Sequence[list], found: Sequence[Decoded], pictures: Iterable,
+    boxes: Sequence[list], decoded: Sequence[Decoded], pictures: Iterable,
     annotations: Sequence[tuple] | None,
 ) -> tuple[list[list], list[str]]:
     """The boxes of many pictures, placed, and notes. annotations: a (file, stated size) for each
     picture, without a file where it has none; None for boxes that are the upright picture's.
     """
-    placed, notes = [], {}
-    for i, (rows, decoded, picture) in enumerate(zip(boxes, found, pictures)):
-        file, stated = annotations[i] if annotations else (picture, decoded.size)
-        try:
-            rows, what = place_boxes(rows, stated, decoded) if file else (rows, "")
-        except ValueError:
-            raise misfit(file, stated, picture, decoded) from None
+    placed, remarks = [], {}
+    for i, (rows, image, picture) in enumerate(zip(boxes, decoded, pictures)):
+        file, remark = picture, ""
         if annotations is None:
-            what = SIDEWAYS if fit_stored_alone(rows, decoded) else ""
-        if what:
-            notes.setdefault(what, []).append(file)
+            remark = SIDEWAYS if fit_stored_alone(rows, image) else ""
+        elif annotations[i][0]:
+            file, stated = annotations[i]
+            try:
+                rows, remark = place_boxes(rows, stated, image)
+            except ValueError:
+                raise wrong_size(file, stated, picture, image) from None
         placed.append(rows)
-    return placed, notes_of(notes)
+        if remark:
+            remarks.setdefault(remark, []).append(file)
+        if image.dark:
+            remarks.setdefault(DARK, []).append(picture)
+    return placed, notes_of(remarks)
 
 
-def fit_stored_alone(boxes: list, found: Decoded) -> bool:
+def fit_stored_alone(boxes: list, decoded: Decoded) -> bool:
     """Whether boxes lie within a picture as stored, but not within the upright one."""
     def fit(size):
         return all(x0 >= 0 and y0 >= 0 and x1 <= size[0] and y1 <= size[1]
                    for x0, y0, x1, y1 in boxes)
 
-    return found.stored != found.size and fit(found.stored) and not fit(found.size)
+    return decoded.stored != decoded.size and fit(decoded.stored) and not fit(decoded.size)

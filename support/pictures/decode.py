@@ -41,6 +41,7 @@ class Decoded(NamedTuple):
     size: tuple[int, int]  # (width, height) of the upright original
     stored: tuple[int, int]  # its size as the file has it, before EXIF's orientation
     orientation: int  # EXIF's, 1 to 8: above 4 rows and columns are swapped
+    dark: bool = False  # see check_images
 
 
 def open_image(path: str | Path) -> Image.Image:

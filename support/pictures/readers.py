@@ -1,6 +1,7 @@
 """What annotations say of each data set: image paths, labels, boxes."""
 
 import os
+import unicodedata
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,13 +74,15 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
                        "'<image id> <x> <y> <width> <height>', finite, the sizes above 0", box)
 
     keys = [key for key in images if splits[key] == split]
-    keys = [keys[i] for i in spread(len(keys), limit)]
+    keys, paths = [keys[i] for i in spread(len(keys), limit)], []
     for number, path in map(images.get, keys):
-        if not os.path.isfile(root / "images" / path):
+        forms = (path, nfc(path), unicodedata.normalize("NFD", path))
+        spelt = next((form for form in forms if os.path.isfile(root / "images" / form)), None)
+        if not spelt:
             raise DataError(f"{root / 'images' / path}: no such image (images.txt:{number})")
-    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images",
-                   [images[key][1] for key in keys], [labels[key] for key in keys],
-                   [[boxes[key]] for key in keys], [])
+        paths.append(spelt)
+    return Samples([classes[i + 1][1] for i in range(len(classes))], root / "images", paths,
+                   [labels[key] for key in keys], [[boxes[key]] for key in keys], [])
 
 
 def first(*candidates: Path) -> Path | None:

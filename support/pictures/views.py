@@ -50,9 +50,15 @@ def load_whole(path: str | Path, img_size) -> tuple[np.ndarray, tuple[int, int]]
 
 
 def check_images(paths: Iterable[str | Path], img_size, crop: int | None = None) -> list[Decoded]:
-    """Each file decoded as load_image does to score it, without its picture. Raises DataError."""
-    least = (crop, crop) if crop else pair(img_size)[::-1]
-    return [decode(path, least)._replace(picture=None) for path in paths]
+    """Each file decoded as load_image does to score it, without its picture, but with whether it is
+    nearly black. Raises DataError.
+    """
+    least, checked = (crop, crop) if crop else pair(img_size)[::-1], []
+    for path in paths:
+        decoded = decode(path, least)
+        brightest = max(high for _, high in decoded.picture.getextrema())  # of 255
+        checked.append(decoded._replace(picture=None, dark=brightest < 16))
+    return checked
 
 
 def resize_view(picture: Image.Image, size, view, img_size) -> np.ndarray:
