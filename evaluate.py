@@ -1,4 +1,4 @@
-"""Scores classification and localisation of a data set, or finds boxes in your own photographs.
+"""Evaluates classification and localisation on a data set, or finds boxes in your own photographs.
 
     python evaluate.py --checkpoint runs/X/best.pt                  # the run's own data, test split
     python evaluate.py --checkpoint runs/X/best.pt --split val --threshold auto --gt-class
@@ -6,18 +6,19 @@
     python evaluate.py --checkpoint runs/X/best.pt --images a.jpg folder/ --out boxes
     python evaluate.py --checkpoint vit_s14.pth --images a.jpg      # attention alone, no training
 
-What every number means, and where the choices are made:
+The script reads from top to bottom: forward pass, boxes, metrics, report, photographs, command
+line. What every number means, and where the choices are made:
 
     class       the map is the predicted class's (Eq. 3), or with --gt-class the label's
     map         a coupling says which maps are multiplied (lctr.fuse); one forward pass serves all
     box         map enlarged to the input, min-max normalised, value > threshold, its largest
-                8-connected component
+                8-connected component (largest_boxes)
     IoU         half-open boxes, best over the image's annotated boxes, above 0.5 for a hit
     frame       the whole image squashed to the network's input; --crop SIZE its centre
     threshold   --threshold, the checkpoint's own, or the best on val; never the best on the split
-                that is scored
+                that is evaluated
 
-Oracles use the label's map and pick their threshold on the scored split itself: the literature's
+Oracles use the label's map and pick their threshold on the evaluated split itself: the literature's
 MaxBoxAcc and MaxBoxAccV2.
 """
 
@@ -30,7 +31,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,19 +43,18 @@ from torch import Tensor
 import data
 from lctr import COUPLINGS, LCTR, MODEL_FLAGS, Localization, fuse, load_checkpoint, load_pretrained
 from support import weights
-from support.boxes import (baseline_iou, box_iou, enlarge, largest_boxes, score_maps, to_image,
+from support.boxes import (baseline_iou, box_iou, boxes_and_iou, enlarge, largest_boxes, to_image,
                            to_input)
 from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
                             write_atomic, write_json, write_text)
 from support.pictures.annotations import nfc
 from support.pictures.folders import find_images
 from support.report.failures import FAILURES, HIT, failure_groups, failure_kinds
-from support.report.figures import (Examples, draw_curve, draw_failures, draw_gallery, evenly, is_ours,
-                             write_png)
-from support.runs.evaluate_flags import parse_flags as evaluate_flags
-from support.report.outputs import claim, run_names
-from support.report.photographs import Viewer, write_photographs
+from support.report.figures import (Examples, class_name, draw_curve, draw_failures, draw_gallery,
+                                    draw_own, evenly, is_ours, write_png)
+from support.report.outputs import REPORT_FILES, claim, output_names, run_names
 from support.report.table import format_table
+from support.runs.evaluate_flags import parse_flags as evaluate_flags
 
 THRESHOLDS = [i / 100 for i in range(100)]  # of curves and oracles
 DEFAULT_THRESHOLD = 0.2  # CAM's, for a checkpoint that names none
@@ -68,52 +68,6 @@ PRODUCTS = {  # which maps a coupling multiplies
     "none": "ReLU(class map)", "cls": "ReLU(class map) * M~c",
     "relation": "ReLU(class map) * M^r", "cls-only": "M~c", "relation-only": "M^r",
 }
-
-
-# ---------------------------------------------------------------- scoring: one forward pass
-
-@dataclass
-class ImageScores:
-    """What is known of each of n images, in data set order, under Q couplings and t thresholds."""
-    index: np.ndarray  # (n,)
-    label: np.ndarray  # (n,)
-    top5: np.ndarray  # (n, min(5, C)) class ids, the likeliest first
-    path: list[str]
-    boxes: list[Tensor]  # (M, 4) each: annotated, in the image's pixels
-    size: np.ndarray  # (n, 2) width, height
-    view: np.ndarray  # (n, 4): the part of the image that the network sees
-    baseline: np.ndarray  # (n, 2) IoU of the whole image and of the centred box of half its area
-    # None without couplings:
-    box: np.ndarray | None = None  # (n, Q, t, 4) int16 in the input's frame
-    iou: np.ndarray | None = None  # (n, Q, t) float32
-    # the label's map: its largest box's IoU >= 0.5, any component's >= 0.3, 0.5, 0.7
-    oracle: np.ndarray | None = None  # (n, Q, t, 4) bool
-    # on the patch grid, None unless asked for:
-    class_map: np.ndarray | None = None  # (n, h, w) before any ReLU: predicted class or label
-    cls_map: np.ndarray | None = None  # (n, h, w)
-    relation_map: np.ndarray | None = None  # (n, h, w)
-
-
-@dataclass
-class Scores:
-    """What one pass over a data set leaves."""
-
-    head: str
-    img_size: tuple[int, int]  # (height, width) of the input
-    couplings: tuple[str, ...]
-    thresholds: list[float]  # ascending: THRESHOLDS and the requested one, or it alone
-    gt_class: bool  # whose map `box` and `iou` are: the label's, or the predicted class's
-    amp: str  # precision of the forward pass
-    seconds: dict[str, float]  # spent in the forward pass and in boxes and IoU
-    images: ImageScores
-
-    @property
-    def annotated(self) -> np.ndarray:
-        """(n,): which images have boxes, and so count for localisation."""
-        return np.array([len(boxes) > 0 for boxes in self.images.boxes])
-
-    def at(self, coupling: str, threshold: float) -> tuple[int, int]:
-        return self.couplings.index(coupling), threshold_index(self, threshold)
 
 
 def couplings_of(model: LCTR) -> tuple[str, ...]:
@@ -130,8 +84,51 @@ def coupling_label(head: str, coupling: str) -> str:
     return (LABELS[head] | ATTENTION_LABELS)[coupling]
 
 
+# ---------------------------------------------------------------- forward pass
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over n images gives, in data set order, for Q couplings and t thresholds."""
+
+    head: str
+    img_size: tuple[int, int]  # (height, width) of the input
+    couplings: tuple[str, ...]
+    thresholds: list[float]  # ascending: THRESHOLDS and the requested one, or it alone
+    gt_class: bool  # whose map `box` and `iou` are: the label's, or the predicted class's
+    amp: str  # precision of the forward pass
+    seconds: dict[str, float]  # spent in the forward pass and in boxes and IoU
+
+    path: list[str]
+    label: np.ndarray  # (n,)
+    top5: np.ndarray  # (n, min(5, C)) class ids, the likeliest first
+    boxes: list[Tensor]  # (M, 4) each: annotated, in the image's pixels
+    view: np.ndarray  # (n, 4): the part of the image that the network sees
+    baseline: np.ndarray  # (n, 2) IoU of the whole image and of the centred box of half its area
+    # None without couplings:
+    box: np.ndarray | None = None  # (n, Q, t, 4) int16 in the input's frame
+    iou: np.ndarray | None = None  # (n, Q, t) float32
+    # the label's map: its largest box's IoU >= 0.5, any component's >= 0.3, 0.5, 0.7
+    oracle: np.ndarray | None = None  # (n, Q, t, 4) bool
+    # None unless kept, on the patch grid:
+    class_map: np.ndarray | None = None  # (n, h, w) before any ReLU: predicted class or label
+    cls_map: np.ndarray | None = None  # (n, h, w)
+    relation_map: np.ndarray | None = None  # (n, h, w)
+
+    @property
+    def annotated(self) -> np.ndarray:
+        """(n,): which images have boxes, and so count for localisation."""
+        return np.array([len(boxes) > 0 for boxes in self.boxes])
+
+    def at(self, coupling: str, threshold: float) -> tuple[int, int]:
+        """Where `box`, `iou` and `oracle` have a coupling and a threshold."""
+        if threshold not in self.thresholds:
+            raise ValueError(f"threshold: {threshold} was not evaluated: give it to "
+                             "evaluate_model()")
+        return self.couplings.index(coupling), self.thresholds.index(threshold)
+
+
 @torch.no_grad()
-def score(
+def evaluate_model(
     model: LCTR,
     dataset: torch.utils.data.Dataset,
     *,
@@ -143,95 +140,64 @@ def score(
     gt_class: bool = False,
     keep_maps: bool = False,
     amp: str = "off",
-) -> Scores:
+) -> Evaluation:
     """Classifies and localises every image of the data set once. Its model must be on `device`.
 
-    couplings: those to score; None for all that the head has, () for classification alone.
-    threshold: one to score besides THRESHOLDS; where the data has no boxes, it alone is.
+    couplings: those to evaluate; None for all that the head has, () for classification alone.
+    threshold: one besides THRESHOLDS; where the data has no boxes, it alone is evaluated.
     gt_class: `box` and `iou` come from the label's map. keep_maps: the maps on the patch grid stay
     too. amp: the precision of the forward pass; maps are float32. Under torch.distributed each
     process takes its share and all get the whole result, the same for any number of them.
     """
-    name = getattr(dataset, "name", "images")
     couplings = couplings_of(model) if couplings is None else tuple(couplings)
-    requested = [] if threshold is None else [threshold]
-    thresholds = sorted({*THRESHOLDS, *requested})
-    if getattr(dataset, "annotated", 1) == 0:  # nothing to compare other thresholds' boxes with
-        thresholds = requested or [DEFAULT_THRESHOLD]
-    rank, world = 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    mine = list(range(rank, len(dataset), world))
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-
-    scores = Scores(model.head_type, model.img_size, couplings, thresholds, gt_class, amp,
-                    {"forward": 0.0, "boxes": 0.0}, None)
-    parts, was_training = [], model.training
+    thresholds = sorted({*THRESHOLDS, *([] if threshold is None else [threshold])})
+    if getattr(dataset, "annotated", True) == 0:  # no box to compare other thresholds' with
+        thresholds = [DEFAULT_THRESHOLD if threshold is None else threshold]
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = np.array_split(np.arange(len(dataset)), world)[rank].tolist()
+    batches = [share[i:i + batch_size] for i in range(0, len(share), batch_size)]
+    loaded = data.loader(dataset, batches, workers)
+    parts, seconds, training = [], {"forward": 0.0, "boxes": 0.0}, model.training
     model.eval()
-    loaded = iter(data.loader(dataset, batches, workers))
-    for indices in progress(batches, f"scoring {name}", show=rank == 0):
-        parts.append(score_batch(model, next(loaded), indices, device, scores, keep_maps))
-    model.train(was_training)
+    for _, batch in zip(progress(batches, f"evaluating {dataset.name}", rank == 0), loaded):
+        # forward pass: the maps of the predicted class and of the label
+        started = now(device)
+        labels = batch["label"].to(device)
+        classes = torch.stack([torch.full_like(labels, -1), labels], 1)  # (B, 2)
+        localization = localize(model, batch["image"], classes, amp)
+        forwarded = now(device)
 
+        # the box of every coupling at every threshold, against the annotated boxes
+        ground_truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
+        part = {
+            "label": labels, "view": batch["view"],
+            "top5": localization.logits.topk(min(5, localization.logits.shape[1])).indices,
+            "baseline": baseline_iou(ground_truth, model.img_size)}
+        if couplings:
+            part |= evaluate_boxes(localization, ground_truth.to(device), model.img_size, couplings,
+                                   thresholds, gt_class)
+        if keep_maps:
+            part |= {"cls_map": localization.cls_map, "relation_map": localization.relation_map}
+            if localization.class_maps is not None:
+                part["class_map"] = localization.class_maps[:, int(gt_class)]
+        part = {name: value.cpu().numpy() for name, value in part.items()}
+        parts.append(part | {"path": batch["path"], "boxes": batch["boxes"]})
+        seconds["forward"] += forwarded - started
+        seconds["boxes"] += now(device) - forwarded
+    model.train(training)
+
+    # all processes' batches in data set order
     if world > 1:
         gathered = [None] * world
         dist.all_gather_object(gathered, parts)
-        parts = [part for share in gathered for part in share]
+        parts = list(itertools.chain(*gathered))
     if not parts:
-        raise ValueError(f"{name}: no images to score")
-    scores.images = join(parts)
-    return scores
-
-
-def join(parts: Sequence[ImageScores]) -> ImageScores:
-    """The batches' scores as one, in data set order."""
-    order = np.concatenate([part.index for part in parts]).argsort()
-
-    def column(name: str) -> np.ndarray | list | None:
-        values = [getattr(part, name) for part in parts]
-        if isinstance(values[0], list):
-            values = list(itertools.chain(*values))
-            return [values[i] for i in order]
-        return None if values[0] is None else np.concatenate(values)[order]
-
-    return ImageScores(**{field.name: column(field.name) for field in fields(ImageScores)})
-
-
-def localize(model: LCTR, images: Tensor, classes: Tensor, amp: str) -> Localization:
-    """model.localize in that precision, its maps in float32."""
-    with autocast(images.device, amp):
-        localization = model.localize(images, classes)
-    return Localization(*(value.float() if value is not None and value.is_floating_point()
-                          else value for value in localization))
-
-
-def score_batch(
-    model: LCTR, batch: dict, indices: Sequence[int], device: str | torch.device, scores: Scores,
-    keep_maps: bool,
-) -> ImageScores:
-    """One batch, scored as `scores` says; adds to its seconds."""
-    images = data.normalise(batch["image"].to(device))
-    labels = batch["label"].to(device)
-    started = now(device)
-    classes = torch.stack([torch.full_like(labels, -1), labels], 1)  # (B, 2): predicted, label
-    localization = localize(model, images, classes, scores.amp)
-    forwarded = now(device)
-    ground_truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
-    found = {
-        "label": labels, "size": batch["size"], "view": batch["view"],
-        "top5": localization.logits.topk(min(5, localization.logits.shape[1])).indices,
-        "baseline": baseline_iou(ground_truth, model.img_size)}
-    if scores.couplings:
-        found |= score_couplings(localization, ground_truth.to(device), scores)
-    if keep_maps:
-        found |= {"cls_map": localization.cls_map, "relation_map": localization.relation_map}
-        if localization.class_maps is not None:
-            found["class_map"] = localization.class_maps[:, int(scores.gt_class)]
-    part = ImageScores(np.array(indices), path=batch["path"], boxes=batch["boxes"],
-                       **{key: value.cpu().numpy() for key, value in found.items()})
-    scores.seconds["forward"] += forwarded - started
-    scores.seconds["boxes"] += now(device) - forwarded
-    return part
+        raise ValueError(f"{dataset.name}: no images to evaluate")
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    columns = {name: np.concatenate(values) if isinstance(values[0], np.ndarray)
+               else list(itertools.chain(*values)) for name, values in columns.items()}
+    return Evaluation(model.head_type, model.img_size, couplings, thresholds, gt_class, amp,
+                      seconds, **columns)
 
 
 def now(device: str | torch.device) -> float:
@@ -240,45 +206,50 @@ def now(device: str | torch.device) -> float:
     return time.perf_counter()
 
 
-def score_couplings(
-    localization: Localization, ground_truth: Tensor, scores: Scores
-) -> dict[str, Tensor]:
-    """Boxes, IoU and oracles of each coupling's map of the predicted class and of the label."""
-    Q = len(scores.couplings)
-    ground_truth = ground_truth.repeat_interleave(Q, 0)  # (B*Q, M, 4)
-    maps = stack_couplings(localization, scores.couplings)  # (B, Q, 2, h, w)
-    maps, label_maps = maps.flatten(0, 1).unbind(1)  # (B*Q, h, w) each
-    predicted = score_maps(maps, ground_truth, scores.img_size, scores.thresholds)
-    reported = [values.clone() for values in predicted]  # of the label's map
-    # where the label is not the predicted class, and the coupling looks at the class
-    other = (maps != label_maps).flatten(1).any(1)
-    if other.any():
-        others = score_maps(label_maps[other], ground_truth[other], scores.img_size,
-                            scores.thresholds)
-        for values, value in zip(reported, others):
-            values[other] = value
-    predicted, reported = ([values.unflatten(0, (-1, Q)) for values in three]
-                           for three in (predicted, reported))
-    box, iou, _ = reported if scores.gt_class else predicted
-    _, label_iou, any_iou = reported
-    oracle = [label_iou >= 0.5, *(any_iou >= bar for bar in (0.3, 0.5, 0.7))]
-    return {"box": box, "iou": iou, "oracle": torch.stack(oracle, -1)}  # oracle (B, Q, t, 4)
+def localize(model: LCTR, images: Tensor, classes: Tensor, amp: str) -> Localization:
+    """model.localize of uint8 images, on its device, in that precision; its maps are float32."""
+    device = next(model.parameters()).device
+    with autocast(device, amp):
+        localization = model.localize(data.normalise(images.to(device)), classes.to(device))
+    return Localization(*(value.float() if value is not None and value.is_floating_point()
+                          else value for value in localization))
 
+
+# ---------------------------------------------------------------- boxes
 
 def stack_couplings(localization: Localization, couplings: Sequence[str]) -> Tensor:
     """The fused maps of K classes under each of Q couplings: (B, Q, K, h, w)."""
     return torch.stack([fuse(localization, coupling) for coupling in couplings], 1)
 
 
+def evaluate_boxes(
+    localization: Localization, ground_truth: Tensor, img_size: tuple[int, int],
+    couplings: Sequence[str], thresholds: list[float], gt_class: bool,
+) -> dict[str, Tensor]:
+    """An Evaluation's box, iou and oracle of B images; ground_truth (B, M, 4), input's frame."""
+    Q = len(couplings)
+    maps = stack_couplings(localization, couplings).flatten(0, 1)  # (B*Q, 2, h, w)
+    ground_truth = ground_truth.repeat_interleave(Q, 0)  # (B*Q, M, 4)
+
+    # the label's map where it is another than the predicted class's: no map is evaluated twice
+    predicted_maps, label_maps = maps.unbind(1)
+    other = (predicted_maps != label_maps).flatten(1).any(1)  # (B*Q,)
+    maps = torch.cat([predicted_maps, label_maps[other]])
+    rows = torch.arange(len(other), device=other.device)
+    label_rows = torch.where(other, len(other) + other.cumsum(0) - 1, rows)  # of each label's map
+    box, iou, any_iou = boxes_and_iou(
+        maps, torch.cat([ground_truth, ground_truth[other]]), img_size, thresholds)
+
+    chosen = label_rows if gt_class else rows
+    any_iou = any_iou[label_rows]
+    oracle = torch.stack([iou[label_rows] >= 0.5, *(any_iou >= bar for bar in (0.3, 0.5, 0.7))], -1)
+    results = {"box": box[chosen], "iou": iou[chosen], "oracle": oracle}
+    return {name: value.unflatten(0, (-1, Q)) for name, value in results.items()}
+
+
 # ---------------------------------------------------------------- metrics
 
-def threshold_index(scores: Scores, threshold: float) -> int:
-    if threshold not in scores.thresholds:
-        raise ValueError(f"threshold: {threshold} was not scored: give it to score()")
-    return scores.thresholds.index(threshold)
-
-
-def summarise(scores: Scores, threshold: float) -> dict:
+def summarise(evaluation: Evaluation, threshold: float) -> dict:
     """All metrics of a pass at one threshold, as metrics.json has them: percent, unrounded.
 
     top1_cls, top5_cls: the label is the predicted class, or among the five likeliest; over all n
@@ -292,35 +263,35 @@ def summarise(scores: Scores, threshold: float) -> dict:
       each of IoU >= 0.3, 0.5, 0.7, then averaged. Oracles both.
     failures: the share of each of FAILURES. baselines: gt_known of two fixed boxes.
     """
-    images, has = scores.images, scores.annotated
-    correct = images.top5 == images.label[:, None]  # (n, 5)
+    has = evaluation.annotated  # (n,)
+    correct = evaluation.top5 == evaluation.label[:, None]  # (n, 5)
     top1, top5 = correct[:, 0], correct.any(1)
-    t = threshold_index(scores, threshold)
-    curve = [scores.thresholds.index(value) for value in THRESHOLDS] if has.any() else []
     metrics = {
-        "n": len(has), "n_boxes": int(has.sum()), "head": scores.head, "threshold": threshold,
-        "map_class": "label" if scores.gt_class else "predicted", "amp": scores.amp,
+        "n": len(has), "n_boxes": int(has.sum()), "head": evaluation.head, "threshold": threshold,
+        "map_class": "label" if evaluation.gt_class else "predicted", "amp": evaluation.amp,
         "top1_cls": percent(top1), "top5_cls": percent(top5),
         "thresholds": THRESHOLDS, "couplings": {},
-        "baselines": {"whole_image": percent(images.baseline[has, 0] > HIT),
-                      "centred_box": percent(images.baseline[has, 1] > HIT)},
+        "baselines": {"whole_image": percent(evaluation.baseline[has, 0] > HIT),
+                      "centred_box": percent(evaluation.baseline[has, 1] > HIT)},
     }
-    for q, coupling in enumerate(scores.couplings):
-        iou = images.iou[has, q]  # (n_boxes, t)
+    for coupling in evaluation.couplings:
+        q, t = evaluation.at(coupling, threshold)
+        iou = evaluation.iou[has, q]  # (n_boxes, t)
         hit = iou > HIT
-        row = {"label": coupling_label(scores.head, coupling), "product": PRODUCTS[coupling],
+        row = {"label": coupling_label(evaluation.head, coupling), "product": PRODUCTS[coupling],
                "top1_loc": percent(hit[:, t] & top1[has]),
                "top5_loc": percent(hit[:, t] & top5[has]), "gt_known": percent(hit[:, t]),
                "mean_iou": None, "gt_known_curve": [None] * len(THRESHOLDS),
                "max_box_acc": None, "max_box_acc_v2": None, "best_threshold": None}
         if has.any():
+            curve = [evaluation.thresholds.index(value) for value in THRESHOLDS]
             known = [percent(column) for column in hit[:, curve].T]
-            oracle = images.oracle[has, q][:, curve].mean(0) * 100  # (100, 4)
+            oracle = evaluation.oracle[has, q][:, curve].mean(0) * 100  # (100, 4)
             row |= {"mean_iou": float(iou[:, t].mean(dtype=np.float64)), "gt_known_curve": known,
                     "max_box_acc": float(oracle[:, 0].max()),
                     "max_box_acc_v2": float(oracle[:, 1:].max(0).mean()),
                     "best_threshold": THRESHOLDS[int(np.argmax(known))]}
-        kinds = failure_kinds(scores, coupling, threshold)[has]
+        kinds = failure_kinds(evaluation, coupling, threshold)[has]
         row["failures"] = {name: percent(kinds == kind) for kind, name in enumerate(FAILURES)}
         metrics["couplings"][coupling] = row
     return metrics
@@ -330,25 +301,24 @@ def percent(hits: np.ndarray) -> float | None:
     return 100 * float(hits.mean()) if len(hits) else None
 
 
-def best_threshold(scores: Scores, coupling: str) -> float:
+def best_threshold(evaluation: Evaluation, coupling: str) -> float:
     """The first of THRESHOLDS with the highest gt_known: to choose on val, never on test."""
-    if not scores.annotated.any():
+    if not evaluation.annotated.any():
         raise ValueError("threshold: auto needs annotated boxes, the images have none")
-    return summarise(scores, THRESHOLDS[0])["couplings"][coupling]["best_threshold"]
+    return summarise(evaluation, THRESHOLDS[0])["couplings"][coupling]["best_threshold"]
 
 
-# ---------------------------------------------------------------- reports
+# ---------------------------------------------------------------- report
 
 @torch.no_grad()
 def examine(
     model: LCTR, dataset: torch.utils.data.Dataset, indices: Sequence[int],
     couplings: Sequence[str], threshold: float, gt_class: bool, amp: str,
 ) -> Examples:
-    """Localises a few images again, for pictures: scoring keeps no maps."""
+    """Localises a few images again, for pictures: an evaluation keeps no maps."""
     batch = data.collate([dataset[int(i)] for i in indices])
-    images = data.normalise(batch["image"].to(next(model.parameters()).device))
     classes = batch["label"] if gt_class else torch.full_like(batch["label"], -1)
-    localization = localize(model, images, classes.to(images.device)[:, None], amp)
+    localization = localize(model, batch["image"], classes[:, None], amp)
     maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)  # (n,Q,H,W)
     box = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4).cpu()
     ground_truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (n, M, 4)
@@ -361,116 +331,163 @@ def examine(
 
 
 def report(
-    out: str | Path, model: LCTR, dataset: torch.utils.data.Dataset, scores: Scores, metrics: dict,
-    coupling: str, threshold: float, **about: object,
+    out: str | Path, model: LCTR, dataset: torch.utils.data.Dataset, evaluation: Evaluation,
+    metrics: dict, coupling: str, threshold: float, **about: object,
 ) -> None:
     """Writes predictions.jsonl, gallery.png, curve.png, failures.png and, last, metrics.json.
 
     They go into the folder `out`. about: what else metrics.json shall say (checkpoint, data,
     split, frame, where the threshold came from). No curve.png where no image has a box.
     """
-    out, training, n = Path(out), model.training, len(scores.images.label)
+    out, training, n = Path(out), model.training, len(evaluation.label)
     out.mkdir(parents=True, exist_ok=True)
     model.eval()
-    lines = (json.dumps(line) + "\n" for line in predictions(scores, coupling, threshold))
+    lines = (json.dumps(line) + "\n" for line in predictions(evaluation, coupling, threshold))
     write_text(out / "predictions.jsonl", "".join(lines))
 
     def look(indices: Sequence[int], couplings: Sequence[str]) -> Examples:
-        return examine(model, dataset, indices, couplings, threshold, scores.gt_class, scores.amp)
+        return examine(model, dataset, indices, couplings, threshold, evaluation.gt_class,
+                       evaluation.amp)
 
+    # a few images under every coupling
     where = f"{dataset.name} {getattr(dataset, 'split', about.get('split', ''))}".strip()
-    whose = "label" if scores.gt_class else "predicted class"
+    whose = "label" if evaluation.gt_class else "predicted class"
     boxes = f"Boxes at threshold {threshold:g} of the {whose}'s min-max normalised map"
     boxes += "; in white their IoU in %." if metrics["n_boxes"] else "."
     shown = evenly(n, 8)
-    titles = [(coupling_label(scores.head, c), PRODUCTS[c]) for c in scores.couplings]
+    titles = [(coupling_label(evaluation.head, c), PRODUCTS[c]) for c in evaluation.couplings]
     note = f"{len(shown)} of the {n} images of {where}, evenly spread. {boxes}"
     alone = metrics["couplings"].get("none", {}).get("gt_known")
     if alone is not None and alone < metrics["baselines"]["whole_image"] + 5:
         note += (" The class map alone is flat, its box the whole image: each patch knows the "
                  "class, wherever it lies.")
     write_png(out / "gallery.png", draw_gallery(
-        [look(shown, scores.couplings)], [titles], dataset.classes, note))
+        [look(shown, evaluation.couplings)], [titles], dataset.classes, note))
 
+    # gt_known over thresholds
     if metrics["n_boxes"]:
         note = f"{metrics['n_boxes']} images of {where}, the {whose}'s map"
         write_png(out / "curve.png", draw_curve(metrics, coupling, note))
     elif is_ours(out / "curve.png"):  # an earlier run's
         (out / "curve.png").unlink()
 
+    # a few images of each kind of failure
     per_row, groups = 6, []
-    for title, failed in failure_groups(scores, coupling, threshold):
+    for title, failed in failure_groups(evaluation, coupling, threshold):
         title += f": {len(failed)} of {n} images"
         title += f", {per_row} shown" * (len(failed) > per_row)
         examples = look(failed[evenly(len(failed), per_row)], [coupling])
         groups.append((title, examples))
-    label = coupling_label(scores.head, coupling)
+    label = coupling_label(evaluation.head, coupling)
     note = f"The {n} images of {where}. Map: {label} = {PRODUCTS[coupling]}. {boxes}"
-    write_png(out / "failures.png", draw_failures(groups, dataset.classes, note, per_row))
+    write_png(out / "failures.png", draw_failures(groups, dataset.classes, note))
     write_json(out / "metrics.json", metrics | {"coupling": coupling} | about)
     model.train(training)
 
 
-def predictions(scores: Scores, coupling: str, threshold: float) -> Iterator[dict]:
+def predictions(evaluation: Evaluation, coupling: str, threshold: float) -> Iterator[dict]:
     """predictions.jsonl, an entry per image: boxes in its upright pixels; iou None without any."""
-    at, images = scores.at(coupling, threshold), scores.images
-    box = torch.from_numpy(images.box[:, *at])[:, None]  # (n, 1, 4)
-    box = to_image(box, torch.from_numpy(images.view), scores.img_size)[:, 0].tolist()
-    for i, boxes in enumerate(images.boxes):
-        yield {"path": images.path[i], "label": int(images.label[i]),
-               "top5": images.top5[i].tolist(), "box": box[i], "boxes": boxes.tolist(),
-               "iou": float(images.iou[i, *at]) if len(boxes) else None}
+    at = evaluation.at(coupling, threshold)
+    box = torch.from_numpy(evaluation.box[:, *at])[:, None]  # (n, 1, 4)
+    box = to_image(box, torch.from_numpy(evaluation.view), evaluation.img_size)[:, 0].tolist()
+    for i, boxes in enumerate(evaluation.boxes):
+        yield {"path": evaluation.path[i], "label": int(evaluation.label[i]),
+               "top5": evaluation.top5[i].tolist(), "box": box[i], "boxes": boxes.tolist(),
+               "iou": float(evaluation.iou[i, *at]) if len(boxes) else None}
 
 
-def save_maps(path: str | Path, scores: Scores) -> None:
-    """maps.npz, for scoring of your own.
+def save_maps(path: str | Path, evaluation: Evaluation) -> None:
+    """maps.npz, for metrics of your own.
 
     cls_map M~c and relation_map M^r (n, h, w), label (n,), path (n,), and, where the head has
     them, class_map (n, h, w) before any ReLU, with `class` (n,), the class it belongs to.
     """
-    images = scores.images
-    arrays = {key: getattr(images, key) for key in ("class_map", "cls_map", "relation_map")
-              if getattr(images, key) is not None}
-    arrays |= {"label": images.label, "path": np.array(images.path),
-               "class": images.label if scores.gt_class else images.top5[:, 0]}
+    kept = {name: getattr(evaluation, name) for name in ("class_map", "cls_map", "relation_map")}
+    arrays = {name: maps for name, maps in kept.items() if maps is not None}
+    arrays |= {"label": evaluation.label, "path": np.array(evaluation.path),
+               "class": evaluation.label if evaluation.gt_class else evaluation.top5[:, 0]}
     write_atomic(path, lambda file: np.savez(file, **arrays))
 
 
 # ---------------------------------------------------------------- your own photographs
 
-def own_photographs(subject: "Subject", flags: Namespace, threshold: float) -> int:
-    """A picture per photograph and boxes.json; returns the exit status."""
-    model, coupling = subject.model, subject.coupling
+@torch.no_grad()
+def localise_photographs(subject: "Subject", threshold: float, flags: Namespace) -> int:
+    """A picture for each photograph and boxes.json; returns the exit status.
+
+    A photograph that cannot be read, or its picture written, is named and skipped; boxes.json is
+    written whatever happens.
+    """
+    model, classes, coupling = subject.model, subject.checkpoint["classes"], subject.coupling
     couplings = [coupling]
     if model.head_type == "token" and not flags.coupling:  # no class map: both attention maps
         couplings = ["cls-only", "relation-only"]
-
-    @torch.no_grad()
-    def find(images: Tensor) -> tuple[Tensor, Tensor]:
-        classes = torch.full((len(images), 1), -1, device=flags.device)  # the predicted class
-        localization = localize(model, data.normalise(images.to(flags.device)), classes, flags.amp)
-        maps = stack_couplings(localization, couplings)[:, :, 0]  # (B, Q, h, w)
-        return localization.logits, enlarge(maps, model.img_size)
-
-    paths, notes = find_images(flags.images)
-    for note in notes:
-        print(f"note: {note}")
+    titles = [(coupling_label(model.head_type, c), PRODUCTS[c]) for c in couplings]
+    note = f"Box at threshold {threshold:g} of the min-max normalised map."
+    note += " No class was trained: the maps are the backbone's attention." * (not classes)
+    (paths, notes), entries, skipped = find_images(flags.images), [], []
+    for text in notes:
+        print(f"note: {text}")
     if not paths:
         raise ValueError(f"--images: no picture in {', '.join(map(printable, flags.images))}")
-    viewer = Viewer(
-        lambda path: data.load_image(path, model.img_size, flags.crop), data.open_image, find,
-        model.img_size, couplings, coupling,
-        [(coupling_label(model.head_type, c), PRODUCTS[c]) for c in couplings],
-        subject.checkpoint["classes"], threshold)
-    return 1 if write_photographs(viewer, paths, flags.out, flags.batch_size) else 0
+    files = [flags.out / name for name in output_names(paths)]
+    claim({flags.out: [*(file.name for file in files), "boxes.json"]}, inputs=paths)
+
+    def skip(path: Path, error: Exception) -> None:
+        reason = getattr(error, "strerror", None) or error
+        about = "" if str(path) in str(reason) else f"{printable(path)}: "
+        print(f"evaluate.py: skipped: {about}{printable(reason)}", file=sys.stderr)
+        skipped.append(path)
+
+    try:
+        for first in range(0, len(paths), flags.batch_size):
+            # the network's view of each photograph
+            batch = []
+            for path, file in list(zip(paths, files))[first:first + flags.batch_size]:
+                try:
+                    image, view, size = data.load_image(path, model.img_size, flags.crop)
+                    batch.append((path, file, image, view, size))
+                except (ValueError, OSError) as error:
+                    skip(path, error)
+            if not batch:
+                continue
+
+            # forward pass: the maps of the predicted class, their boxes in the photograph's pixels
+            images = torch.stack([image for _, _, image, _, _ in batch])
+            localization = localize(model, images, torch.full((len(batch), 1), -1), flags.amp)
+            maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)
+            boxes = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4).cpu()
+            boxes = to_image(boxes, torch.tensor([view for *_, view, _ in batch]), model.img_size)
+            heat = minmax(maps).cpu().numpy()  # (B, Q, H, W)
+            top5 = localization.logits.softmax(1).topk(min(5, len(classes)))
+
+            # a picture and an entry of boxes.json for each
+            for i, (path, file, _, view, size) in enumerate(batch):
+                ranked = list(zip(top5.indices[i].tolist(), top5.values[i].tolist()))
+                caption = ", ".join(f"{class_name(classes, c)} {100 * p:.1f} %"
+                                    for c, p in ranked[:3])
+                found = dict(zip(couplings, boxes[i].tolist()))
+                try:
+                    picture = draw_own(data.open_image(path), view, titles, heat[i],
+                                       list(found.values()), caption, note)
+                    write_png(file, picture)
+                except (ValueError, OSError) as error:
+                    skip(path, error)
+                    continue
+                entry = {"path": str(path), "size": list(size),
+                         "top5": [[classes[c], p] for c, p in ranked], "box": found[coupling]}
+                entries.append(entry | ({"boxes": found} if len(found) > 1 else {}))
+                best = f"{classes[ranked[0][0]]} ({100 * ranked[0][1]:.1f} %), " if ranked else ""
+                box = " ".join(f"{v:.0f}" for v in found[coupling])
+                print(printable(f"{path} -> {file}: {best}box {box}"))
+    finally:
+        write_json(flags.out / "boxes.json", entries)
+    print(f"{len(entries)} pictures and boxes.json in {printable(flags.out)}"
+          + f", {len(skipped)} skipped" * bool(skipped))
+    return int(bool(skipped))
 
 
 # ---------------------------------------------------------------- the script
-
-def parse_flags(argv: Sequence[str] | None = None) -> Namespace:
-    description = (__doc__ or "Evaluates.").split("\n\n")[0]
-    return evaluate_flags(argv, description, data.DATASETS, COUPLINGS)
-
 
 class Subject(NamedTuple):
     """One checkpoint of those evaluated."""
@@ -479,36 +496,43 @@ class Subject(NamedTuple):
     model: LCTR
     checkpoint: dict  # classes, config, metrics, phase
     coupling: str
+    threshold: float | None  # the checkpoint's own, in [0, 1)
 
 
 def load(path: str, flags: Namespace) -> Subject:
     """A checkpoint's model on the device; with --images a backbone without a head will do."""
-    content = weights.read_weights(path) if flags.images else None
     try:
         model, checkpoint = load_checkpoint(path)
     except ValueError:
-        if content is None or "config" in content:
+        content = weights.read_weights(path) if flags.images else {"config": None}
+        if "config" in content:
             raise
         model, checkpoint = backbone(path, content, flags.img_size)
-    if checkpoint["phase"] != "main" and checkpoint["classes"]:
-        print(f"{path}: sizes read off its shapes, {checkpoint['config']['num_heads']} attention "
-              "heads (64 channels each where the file does not say)")
-    if flags.img_size and pair(flags.img_size) != model.img_size and checkpoint["classes"]:
-        config = {flag: value for flag, value in checkpoint["config"].items()
-                  if flag in MODEL_FLAGS} | {"img_size": flags.img_size}
+    config, classes = checkpoint["config"], checkpoint["classes"]
+    if checkpoint["phase"] == "external" and classes:
+        print(f"{path}: sizes read off its shapes, {config['num_heads']} attention heads (64 "
+              "channels each where the file does not say)")
+    if flags.img_size and pair(flags.img_size) != model.img_size:
         state, grid = model.state_dict(), model.grid
-        model = build(len(checkpoint["classes"]), config)
+        model = build(len(classes), {flag: config[flag] for flag in MODEL_FLAGS}, flags.img_size)
         state["pos_embed"] = weights.resize_pos_embed(state["pos_embed"], grid, model.grid)
         model.load_state_dict(state)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{path}: weights that are not finite")
+
+    metrics = checkpoint.get("metrics")
+    threshold = metrics.get("threshold") if isinstance(metrics, dict) else None
+    known = threshold is None or type(threshold) in (int, float) and 0 <= threshold < 1
+    if flags.threshold is None and not known:
+        raise ValueError(f"{path}: its threshold is {threshold!r}, need a number in [0, 1): give "
+                         "--threshold")
     return Subject(path, model.to(flags.device), checkpoint,
-                   flags.coupling or default_coupling(model))
+                   flags.coupling or default_coupling(model), threshold)
 
 
-def build(num_classes: int, config: dict) -> LCTR:
+def build(num_classes: int, config: dict, img_size: int | list[int] | None) -> LCTR:
     try:
-        return LCTR(num_classes, **config).eval()
+        return LCTR(num_classes, **config | {"img_size": img_size or config["img_size"]}).eval()
     except ValueError as error:
         raise FlagError(f"--img-size: {error}") from None
 
@@ -516,64 +540,70 @@ def build(num_classes: int, config: dict) -> LCTR:
 def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tuple[LCTR, dict]:
     """A backbone alone, for a first look at its attention, and a checkpoint without classes."""
     state, _, about = weights.read_state(content, path)
-    config = weights.architecture(state, about, path)
-    config |= {"head": "token", "img_size": img_size or config["img_size"]}
-    model = build(1, config)  # its head is never looked at
+    config = weights.architecture(state, about, path) | {"head": "token"}
+    model = build(1, config, img_size)  # its head is never looked at
     print(f"{path}: no class was trained: attention alone, {config['depth']} blocks, "
           f"{config['num_heads']} attention heads (64 channels each where the file does not say), "
           f"input {' x '.join(map(str, model.img_size))}")
     print(load_pretrained(model, path))
-    return model, {"classes": [], "phase": "external", "config": config}
+    return model, {"classes": [], "phase": "external",
+                   "config": config | {"img_size": model.img_size}}
 
 
-def check_subject(subject: Subject, flags: Namespace) -> None:
-    """What flags ask of a checkpoint that it does not have."""
-    path, model, checkpoint, coupling = subject
-    if coupling not in couplings_of(model):
-        raise FlagError(f"--coupling: {path} has a {model.head_type} head, "
-                                     f"whose couplings are {', '.join(couplings_of(model))}")
-    if flags.crop and flags.crop < max(model.img_size):
-        raise FlagError(f"--crop: got {flags.crop}, need at least "
-                                     f"{max(model.img_size)}, the side of {path}'s input")
-    if flags.threshold is None:
-        own_threshold(subject)
-    name, root = data_source(flags, checkpoint)
-    if name is None and (not flags.images or flags.threshold == "auto"):
-        raise FlagError(f"--data: missing, {path} names no data set")
-    if name and name != "synthetic" and root is None and not flags.images:
-        raise FlagError(f"--root: {name} needs the data set's folder")
-    if flags.threshold == "auto" and not data.has_split(name, root, "val"):
-        raise FlagError(
-            f"--threshold: auto needs a val split, {name} has none: give a number")
+def check(subjects: Sequence[Subject], flags: Namespace) -> None:
+    """What flags ask of the checkpoints that they do not have."""
+    first = subjects[0]
+    for path, model, checkpoint, coupling, _ in subjects:
+        if coupling not in couplings_of(model):
+            raise FlagError(f"--coupling: {path} has a {model.head_type} head, whose couplings are "
+                            f"{', '.join(couplings_of(model))}")
+        if flags.crop and flags.crop < max(model.img_size):
+            raise FlagError(f"--crop: got {flags.crop}, need at least {max(model.img_size)}, the "
+                            f"side of {path}'s input")
+        if list(checkpoint["classes"]) != list(first.checkpoint["classes"]):
+            raise ValueError(f"{path}: its classes are not those of {first.path}")
 
 
-def data_source(flags: Namespace, checkpoint: dict) -> tuple[str | None, str | None]:
-    """The data set's name and folder: the flags', else the checkpoint's own."""
-    config = checkpoint["config"]
-    name = flags.data or config.get("data")
-    same = name and name == config.get("data")
-    return name, flags.root or (config.get("root") if same else None)
+def choose_data(subjects: Sequence[Subject], flags: Namespace) -> None:
+    """Fills in --data and --root: one set for all checkpoints, by default the first one's."""
+    first, given = subjects[0].checkpoint["config"], flags.data or flags.root
+    same = flags.data in (None, first.get("data"))
+    flags.root = flags.root or (first.get("root") if same else None)
+    flags.data = flags.data or first.get("data")
+    if flags.images and flags.threshold != "auto":
+        return
+    if flags.data is None:
+        raise FlagError(f"--data: missing, {subjects[0].path} names no data set")
+    if flags.data != "synthetic" and flags.root is None:
+        raise FlagError(f"--root: {flags.data} needs the data set's folder")
+    if flags.threshold == "auto" and not data.has_split(flags.data, flags.root, "val"):
+        raise FlagError(f"--threshold: auto needs a val split, {flags.data} has none: give a "
+                        "number")
+    for path, _, checkpoint, *_ in subjects:
+        root = checkpoint["config"].get("root")
+        if not given and root and os.path.realpath(root) != os.path.realpath(flags.root or ""):
+            print(f"note: {path} was trained on {printable(root)}, but all are evaluated on "
+                  f"{printable(flags.root or flags.data)}: --root chooses another")
 
 
 def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.data.Dataset:
-    """A split of the checkpoint's data set unless flags say otherwise; classes must be equal."""
-    known, (name, root) = subject.checkpoint["classes"], data_source(flags, subject.checkpoint)
-    trained_on = known if subject.checkpoint["phase"] == "main" else None  # needs no train/ folder
+    """A split of the data set. Raises ValueError where its classes are not the checkpoint's."""
+    known, external = subject.checkpoint["classes"], subject.checkpoint["phase"] == "external"
     dataset = data.load_dataset(
-        name, root, split, subject.model.img_size, limit=flags.limit_test, crop=flags.crop,
-        augment=False, classes=trained_on)
-    found = dataset.classes
-    if subject.checkpoint["phase"] in ("external", "foreign") and len(known) == len(found):
-        known = found  # the file has no names to compare
-    if list(map(nfc, known)) != list(map(nfc, found)):
-        i = next((i for i, (a, b) in enumerate(zip(known, found)) if nfc(a) != nfc(b)),
-                 min(len(known), len(found)))
-        names = [repr(c[i]) if i < len(c) else "nothing" for c in (known, found)]
+        flags.data, flags.root, split, subject.model.img_size, limit=flags.limit_test,
+        crop=flags.crop, augment=False,
+        classes=None if external else known)  # a folder of pictures to test on needs no train/
+    classes = dataset.classes
+    numbered = external and len(known) == len(classes)  # its file has no names to compare
+    if list(map(nfc, known)) != list(map(nfc, classes)) and not numbered:
+        i = next((i for i, (a, b) in enumerate(zip(known, classes)) if nfc(a) != nfc(b)),
+                 min(len(known), len(classes)))
+        names = [repr(c[i]) if i < len(c) else "nothing" for c in (known, classes)]
         raise ValueError(
-            f"{subject.path}: its {len(known)} classes are not the {len(found)} of {name} {split}: "
-            f"class {i} is {names[0]} there, {names[1]} here")
+            f"{subject.path}: its {len(known)} classes are not the {len(classes)} of {flags.data} "
+            f"{split}: class {i} is {names[0]} there, {names[1]} here")
     if not len(dataset):
-        raise ValueError(f"{name} {split}: no images")
+        raise ValueError(f"{flags.data} {split}: no images")
     return dataset
 
 
@@ -588,89 +618,93 @@ def choose_threshold(subject: Subject, flags: Namespace) -> tuple[float, str]:
     if flags.threshold == "auto":
         val_set = load_split(subject, flags, "val")
         print_notes([val_set])
-        scores = score(subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
-                       workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
-        best = best_threshold(scores, subject.coupling)
+        evaluation = evaluate_model(
+            subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
+            workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
+        best = best_threshold(evaluation, subject.coupling)
         return best, f"the best gt-known of {len(val_set)} val images"
     if flags.threshold is not None:
         return flags.threshold, "--threshold"
-    own = own_threshold(subject)
-    if own is None:
-        return DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none"
-    return own, "the checkpoint's own"
-
-
-def own_threshold(subject: Subject) -> float | None:
-    """What the checkpoint's own evaluation used. Raises ValueError where it is no threshold."""
-    metrics = subject.checkpoint.get("metrics")
-    own = metrics.get("threshold") if isinstance(metrics, dict) else None
-    if own is not None and (type(own) not in (int, float) or not 0 <= own < 1):
-        raise ValueError(f"{subject.path}: its threshold is {own!r}, need a number in [0, 1): give "
-                         "--threshold")
-    return own
+    if subject.threshold is not None:
+        return subject.threshold, "the checkpoint's own"
+    return DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none"
 
 
 def evaluate(flags: Namespace) -> int:
     """Everything that the flags ask for; returns the exit status."""
+    # the checkpoints
     subjects = [load(path, flags) for path in flags.checkpoint]
-    for subject in subjects:
-        check_subject(subject, flags)
-        if list(subject.checkpoint["classes"]) != list(subjects[0].checkpoint["classes"]):
-            raise ValueError(f"{subject.path}: its classes are not those of {subjects[0].path}")
+    check(subjects, flags)
+    choose_data(subjects, flags)
+
+    # the data, the same for all, and the files to be written
     names, several = run_names(flags.checkpoint), len(subjects) > 1
     folders = [flags.out / name if several else flags.out for name in names]
     if not flags.images:
         datasets = [load_split(subject, flags, flags.split) for subject in subjects]
         print_notes(datasets)
-        files = ["predictions.jsonl", "metrics.json", "gallery.png", "curve.png", "failures.png"]
-        files += ["maps.npz"] * flags.save_maps
+        files = [*REPORT_FILES, *["maps.npz"] * flags.save_maps]
         joint = {flags.out: ["metrics.json", "gallery.png"]} if several else {}
         claim(joint | {folder: files for folder in folders})
 
-    all_metrics, seen, titles = [], [], []
+    all_metrics, examples, titles = [], [], []
     for i, (subject, name, folder) in enumerate(zip(subjects, names, folders)):
-        path, model, _, coupling = subject
+        # the threshold
+        path, model, _, coupling, _ = subject
         threshold, source = choose_threshold(subject, flags)
         print(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
               f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}", flush=True)
         if flags.images:
-            return own_photographs(subject, flags, threshold)
-        scores = score(model, datasets[i], batch_size=flags.batch_size, device=flags.device,
-                       workers=flags.workers, threshold=threshold, gt_class=flags.gt_class,
-                       keep_maps=flags.save_maps, amp=flags.amp)
-        metrics = summarise(scores, threshold) | {"coupling": coupling}
-        about = {"threshold_from": source, "checkpoint": str(path), "data": datasets[i].name,
+            return localise_photographs(subject, threshold, flags)
+
+        # forward pass, boxes, metrics
+        dataset = datasets[i]
+        evaluation = evaluate_model(
+            model, dataset, batch_size=flags.batch_size, device=flags.device,
+            workers=flags.workers, threshold=threshold, gt_class=flags.gt_class,
+            keep_maps=flags.save_maps, amp=flags.amp)
+        metrics = summarise(evaluation, threshold) | {"coupling": coupling}
+
+        # the report
+        about = {"threshold_from": source, "checkpoint": str(path), "data": dataset.name,
                  "split": flags.split,
                  "frame": f"centre crop of {flags.crop}" if flags.crop else "whole image"}
-        report(folder, model, datasets[i], scores, metrics, coupling, threshold, **about)
+        report(folder, model, dataset, evaluation, metrics, coupling, threshold, **about)
         if flags.save_maps:
-            save_maps(folder / "maps.npz", scores)
+            save_maps(folder / "maps.npz", evaluation)
         if flags.profile:
-            n = len(scores.images.label)
-            forward, boxes = (1e3 * scores.seconds[part] / n for part in ("forward", "boxes"))
+            n = len(dataset)
+            forward, boxes = (1e3 * evaluation.seconds[part] / n for part in ("forward", "boxes"))
             print(f"{name}: per image {forward:.2f} ms for the forward pass, {boxes:.2f} ms for "
-                  f"boxes and IoU: {len(scores.couplings)} couplings, {len(scores.thresholds)} "
-                  "thresholds, predicted class and label")
+                  f"boxes and IoU: {len(evaluation.couplings)} couplings, "
+                  f"{len(evaluation.thresholds)} thresholds, predicted class and label")
         all_metrics.append(metrics | about | ({"name": name} if several else {}))
         if several:
-            shown = [c for c in scores.couplings
-                     if c in ("cls", "relation", coupling) or scores.head == "token"]
-            seen.append(examine(model, datasets[i], evenly(len(datasets[i]), 8), shown, threshold,
-                                flags.gt_class, flags.amp))
-            titles.append([(f"{name}: {coupling_label(scores.head, c)}", PRODUCTS[c])
+            shown = [c for c in evaluation.couplings
+                     if c in ("cls", "relation", coupling) or model.head_type == "token"]
+            examples.append(examine(model, dataset, evenly(len(dataset), 8), shown, threshold,
+                                    flags.gt_class, flags.amp))
+            titles.append([(f"{name}: {coupling_label(model.head_type, c)}", PRODUCTS[c])
                            for c in shown])
 
+    # one table, and one gallery, of all
     first = all_metrics[0]
     if several:
         write_json(flags.out / "metrics.json", dict(zip(names, all_metrics)))
         own = ", ".join(f"{m['threshold']:g} ({m['name']})" for m in all_metrics)
-        note = (f"{len(seen[0].label)} images of {first['data']} {first['split']}, evenly spread. "
-                f"Boxes at threshold {own} of the min-max normalised map; in white their IoU in %.")
+        note = (f"{len(examples[0].label)} images of {first['data']} {first['split']}, evenly "
+                f"spread. Boxes at threshold {own} of the min-max normalised map; in white their "
+                "IoU in %.")
         write_png(flags.out / "gallery.png",
-                  draw_gallery(seen, titles, datasets[0].classes, note))
+                  draw_gallery(examples, titles, datasets[0].classes, note))
     print(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\n"
           f"report and pictures in {printable(flags.out)}")
     return 0
+
+
+def parse_flags(argv: Sequence[str] | None = None) -> Namespace:
+    description = (__doc__ or "Evaluates.").split("\n\n")[0]
+    return evaluate_flags(argv, description, data.DATASETS, COUPLINGS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,5 @@
 """Maps to boxes: connected components at many thresholds at once, IoU, and the frames of boxes."""
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -110,24 +109,12 @@ def largest(components: Components, cells: int, height: int, width: int) -> Tens
     return boxes
 
 
-@contextlib.contextmanager
-def one_thread():
-    """For hundreds of small operations: to share each among threads costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def map_chunks(maps: Tensor) -> Sequence[Tensor]:
     """Maps in groups whose runs fit a core's cache, or a GPU's memory."""
     pixels = 2 ** (24 if maps.is_cuda else 18)
     return maps.split(max(1, pixels // maps[0].numel())) if len(maps) else []
 
 
-@one_thread()
 def largest_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The box of each map's largest component: maps (B, H, W) -> (B, t, 4) int64, half-open xyxy.
 
@@ -209,17 +196,16 @@ def enlarge(maps: Tensor, img_size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps.float(), img_size, mode="bilinear", align_corners=False)
 
 
-@one_thread()
-def score_maps(
+def boxes_and_iou(
     maps: Tensor, ground_truth: Tensor, img_size: tuple[int, int], thresholds: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fused maps (M, h, w), each against its image's annotated boxes (M, K, 4), input's frame.
 
     Returns the largest component's box (M, t, 4) int16, its IoU (M, t) float32, and the best IoU
     of any component's box; each IoU is the best over the image's annotated boxes. A map without a
-    component counts as the whole image.
+    component counts as the whole image. Thresholds ascend.
     """
-    M, t, found = len(maps), len(thresholds), []
+    M, t, parts = len(maps), len(thresholds), []
     ascending = torch.tensor(thresholds, device=maps.device)
     chunks = map_chunks(enlarge(maps[None], img_size)[0])  # of (M, H, W)
     for chunk, annotated in zip(chunks, ground_truth.split(len(chunks[0]))):
@@ -227,8 +213,8 @@ def score_maps(
         box = largest(components, len(chunk) * t, *img_size)  # (chunk * t, 4)
         iou = box_iou(box.view(-1, t, 1, 4), annotated[:, None]).amax(-1).flatten()  # (chunk * t)
         each = box_iou(components.box[:, None], annotated[components.cell // t]).amax(-1)  # (R)
-        found.append((box, iou, iou.scatter_reduce(0, components.cell, each, "amax")))
-    box, iou, any_iou = (torch.cat(column) for column in zip(*found))
+        parts.append((box, iou, iou.scatter_reduce(0, components.cell, each, "amax")))
+    box, iou, any_iou = map(torch.cat, zip(*parts))
     return box.view(M, t, 4).short(), iou.view(M, t).float(), any_iou.view(M, t).float()
 
 

@@ -1,4 +1,4 @@
-"""Why Top-1 localisation fails, image by image. scores: what evaluate.score returns."""
+"""Why Top-1 localisation fails, image by image. evaluation: an evaluate.Evaluation."""
 
 import numpy as np
 import torch
@@ -18,12 +18,11 @@ FAILURES = {
 }
 
 
-def failure_kinds(scores, coupling: str, threshold: float) -> np.ndarray:
+def failure_kinds(evaluation, coupling: str, threshold: float) -> np.ndarray:
     """Why Top-1 localisation fails: (n,) indices into FAILURES, -1 where right or without boxes."""
-    at = scores.at(coupling, threshold)
-    images = scores.images
-    ground_truth = to_input(images.boxes, torch.from_numpy(images.view), scores.img_size)
-    box = torch.from_numpy(images.box[:, *at])[:, None].double()  # (n, 1, 4)
+    at, view = evaluation.at(coupling, threshold), torch.from_numpy(evaluation.view)
+    ground_truth = to_input(evaluation.boxes, view, evaluation.img_size)  # (n, M, 4)
+    box = torch.from_numpy(evaluation.box[:, *at])[:, None].double()  # (n, 1, 4)
     overlap = intersection(box, ground_truth)  # (n, M)
     best = box_iou(box, ground_truth).argmax(1, keepdim=True)  # (n, 1)
     several = (overlap > 0.3 * area(ground_truth)).sum(1) > 1
@@ -31,17 +30,17 @@ def failure_kinds(scores, coupling: str, threshold: float) -> np.ndarray:
     part = in_box > 0.5 * area(box)[:, 0]
     much = in_box > 0.7 * area(ground_truth).gather(1, best)[:, 0]
     kinds = np.select([several, part, much], [1, 2, 3], 4)
-    kinds = np.where(images.iou[:, *at] > HIT, -1, kinds)
-    kinds = np.where(images.top5[:, 0] != images.label, 0, kinds)
-    return np.where(scores.annotated, kinds, -1)
+    kinds = np.where(evaluation.iou[:, *at] > HIT, -1, kinds)
+    kinds = np.where(evaluation.top5[:, 0] != evaluation.label, 0, kinds)
+    return np.where(evaluation.annotated, kinds, -1)
 
 
-def failure_groups(scores, coupling: str, threshold: float) -> list[tuple[str, np.ndarray]]:
+def failure_groups(evaluation, coupling: str, threshold: float) -> list[tuple[str, np.ndarray]]:
     """(title, images) of each kind of failure that occurs. A wrong class tells its box apart."""
-    at = scores.at(coupling, threshold)
-    has, hit = scores.annotated, scores.images.iou[:, *at] > HIT
-    wrong = scores.images.top5[:, 0] != scores.images.label
-    kinds = failure_kinds(scores, coupling, threshold)
+    has = evaluation.annotated
+    hit = evaluation.iou[:, *evaluation.at(coupling, threshold)] > HIT
+    wrong = evaluation.top5[:, 0] != evaluation.label
+    kinds = failure_kinds(evaluation, coupling, threshold)
     groups = [("Wrong class, though the box is right (IoU > 50 %)", wrong & has & hit),
               ("Wrong class, and the box is wrong too", wrong & has & ~hit),
               ("Wrong class (no annotated box)", wrong & ~has)]

@@ -7,7 +7,6 @@ return a PIL image; write_png marks a file as this project's, is_ours reads the 
 
 import functools
 import math
-import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from support.common import write_atomic
 
 CELL = 176  # pixels of a panel's longer side
 MARGIN = 8
+LINE = 20  # pixels from one line of text to the next
 INK, PAPER, GREY, GRID = (32, 33, 36), (255, 255, 255), (110, 112, 118), (226, 227, 230)
 RED, CYAN = (255, 45, 55), (60, 240, 255)  # ground truth, predicted
 HEAT = np.array([(8, 10, 56), (44, 40, 140), (116, 52, 178), (196, 72, 160), (244, 124, 104),
@@ -44,98 +44,49 @@ def is_ours(path: str | Path) -> bool:
         return False
 
 
-# ---------------------------------------------------------------- text in any script
-
-
-def missing_glyphs(font: ImageFont.FreeTypeFont, text: str) -> frozenset[str]:
-    """The characters that a font draws as .notdef, its empty box."""
-
-    def shape(character: str) -> tuple:
-        mask = font.getmask(character)
-        return mask.size, bytes(mask)
-
-    notdef = shape("\uffff")  # no character, so no font has it
-    return frozenset(c for c in set(text) if not c.isspace() and shape(c) == notdef)
-
+# ---------------------------------------------------------------- text: Pillow's font has ASCII
 
 @functools.cache
-def system_fonts() -> list[Path]:
-    """The font files of this machine, upright sans-serif ones first."""
-    home = Path.home()
-    places = {"darwin": ["/System/Library/Fonts", "/Library/Fonts", home / "Library/Fonts"],
-              "win32": ["C:/Windows/Fonts"]}
-    places = places.get(sys.platform, ["/usr/share/fonts", "/usr/local/share/fonts",
-                                       home / ".fonts", home / ".local/share/fonts"])
-    found = [path for place in places for path in Path(place).rglob("*")
-             if path.suffix.lower() in (".ttf", ".otf", ".ttc")]
-    styles = ("bold", "italic", "oblique", "serif", "mono", "condensed", "light", "thin", "black",
-              "math")
-    return sorted(found, key=lambda path: (
-        sum(style in path.name.lower() for style in styles), "sans" not in path.name.lower(),
-        path.name))
+def font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
 
 
-@functools.cache
-def font_file(missing: frozenset[str]) -> Path | None:
-    """The first system font that has these characters, and letters and digits besides."""
-    for path in system_fonts():
-        try:
-            font = ImageFont.truetype(path, 16)
-            if not missing_glyphs(font, "aA0%" + "".join(missing)):
-                return path
-        except (OSError, ValueError):  # a broken font
-            continue
-    return None
-
-
-@functools.lru_cache(4096)
-def font(size: int, text: str = "") -> ImageFont.FreeTypeFont:
-    """Pillow's own font, or a system font where that one lacks a character of the text."""
-    own = ImageFont.load_default(size)
-    missing = missing_glyphs(own, text)
-    path = font_file(missing) if missing else None
-    return ImageFont.truetype(path, size) if path else own
-
-
-@functools.lru_cache(4096)
-def writable(name: str, fallback: str) -> str:
-    """The name in one line if some font can draw it, else without accents, else `fallback`."""
-    name = " ".join(name.encode("utf-8", "replace").decode().split())
-    plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
-    for text in (name, plain):
-        if text.strip() and text.isprintable() and not missing_glyphs(font(16, text), text):
-            return text
-    return fallback
+def unaccented(text: str) -> str:
+    """In one line, without accents and other marks above or below a letter."""
+    decomposed = unicodedata.normalize("NFKD", " ".join(text.split()))
+    return "".join(c for c in decomposed if not unicodedata.combining(c))
 
 
 def class_name(classes: Sequence[str], c: int) -> str:
-    return writable(str(classes[c]), f"class {c}")
+    """The class's name without accents, or its number where the font cannot write the rest."""
+    name = unaccented(str(classes[c]))
+    return name if name.isascii() and name.isprintable() and name else f"class {c}"
 
 
 def fit_text(text: str, size: int, width: float) -> str:
-    """The text, shortened where it is wider than `width` pixels."""
-    face = font(size, text)
-    if face.getlength(text) <= width:
+    """The text, shortened where it is wider than `width` pixels; what is not ASCII is escaped."""
+    text = unaccented(text).encode("ascii", "backslashreplace").decode()
+    if font(size).getlength(text) <= width:
         return text
-    while text and face.getlength(text + "...") > width:
+    while text and font(size).getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
 
 
 def wrap_text(text: str, size: int, width: float) -> list[str]:
     """The text's words in lines of at most `width` pixels; a longer word is shortened."""
-    lines, face = [], font(size, text)
+    lines = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word
-        if lines and face.getlength(joined) <= width:
+        if lines and fit_text(joined, size, width) == joined:
             lines[-1] = joined
         else:
             lines.append(fit_text(word, size, width))
     return lines
 
 
-def put(draw, place, text: str, size: int, colour=INK, anchor: str | None = None, **options):
-    draw.text(place, text, colour, font(size, text), anchor, **options)
+def put(draw, position, text: str, size: int, colour=INK, anchor: str | None = None, **options):
+    draw.text(position, text, colour, font(size), anchor, **options)
 
 
 # ---------------------------------------------------------------- maps and boxes
@@ -167,16 +118,10 @@ def draw_box(draw: ImageDraw.ImageDraw, box: Iterable[float], colour: tuple, wid
     draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=width)
 
 
-def legend_lines(note: str, width: int) -> list[str]:
-    return wrap_text(note, 14, width - 2 * MARGIN)
-
-
-def draw_legend(sheet: Image.Image, note: str, annotated: bool, x: int = MARGIN, y: int = 8) -> int:
-    """Boxes' colours, the map's colour bar, and below them a note; returns where it ends."""
-    draw = ImageDraw.Draw(sheet)
-    boxes = [(RED, "annotated")] * annotated + [(CYAN, "predicted")]
-    for colour, text in boxes:
-        draw.rectangle((x, y + 1, x + 18, y + 15), fill=GREY)
+def draw_legend(sheet: Image.Image, annotated: bool) -> None:
+    """The boxes' colours and the map's colour bar, in the first line of a sheet."""
+    draw, x, y = ImageDraw.Draw(sheet), MARGIN, MARGIN
+    for colour, text in [(RED, "annotated")] * annotated + [(CYAN, "predicted")]:
         draw_box(draw, (x, y + 1, x + 19, y + 16), colour, 3)
         put(draw, (x + 25, y), text, 14)
         x += 38 + round(font(14).getlength(text))
@@ -185,14 +130,54 @@ def draw_legend(sheet: Image.Image, note: str, annotated: bool, x: int = MARGIN,
     bar = Image.fromarray(heat_colours(np.linspace(0, 1, 72)[None].repeat(12, 0)))
     sheet.paste(bar, (x, y + 3))
     put(draw, (x + 78, y), "high", 14)
-    for line in legend_lines(note, sheet.width):
-        y += 20
-        put(draw, (MARGIN, y), line, 14, GREY)
-    return y + 24
+
+
+def draw_sheet(
+    note: str, annotated: bool, columns: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[str, Sequence[tuple]]], cell: tuple[int, int] = (CELL, CELL),
+) -> Image.Image:
+    """Rows of panels below a legend and a note.
+
+    columns: a title and a smaller one above each panel of the first row, or none. rows: a title, or
+    "", and (panel, caption, the caption's colour) from left to right. A caption runs on below the
+    panels to the right that have none. cell: the (width, height) that a panel is centred in.
+    """
+    step = cell[0] + MARGIN
+    width = max(MARGIN + step * max(len(panels) for _, panels in rows), 540)
+    notes = wrap_text(note, 14, width - 2 * MARGIN)
+    titles = [wrap_text(title, 15, width - 2 * MARGIN) for title, _ in rows]
+    top = 40 + LINE * len(notes) + 36 * bool(columns)
+    drops = [LINE * len(lines) + (cell[1] + 30) * bool(panels) + 12 * bool(lines)
+             for lines, (_, panels) in zip(titles, rows)]
+    sheet = Image.new("RGB", (width, top + sum(drops)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw_legend(sheet, annotated)
+    for i, line in enumerate(notes):
+        put(draw, (MARGIN, 32 + LINE * i), line, 14, GREY)
+    for c, (title, product) in enumerate(columns):
+        middle = MARGIN + step * c + cell[0] / 2
+        put(draw, (middle, top - 24), fit_text(title, 15, cell[0]), 15, INK, "ms")
+        put(draw, (middle, top - 7), fit_text(product, 12, cell[0]), 12, GREY, "ms")
+
+    for lines, (_, panels), drop in zip(titles, rows, drops):
+        y = top
+        if lines:
+            draw.line((MARGIN, y, width - MARGIN, y), GRID)
+        for line in lines:
+            put(draw, (MARGIN, y + 6), line, 15)
+            y += LINE
+        y += 12 * bool(lines)
+        for c, (panel, caption, colour) in enumerate(panels):
+            x = MARGIN + step * c
+            sheet.paste(panel, (x + (cell[0] - panel.width) // 2, y + (cell[1] - panel.height) // 2))
+            following = [i for i, (_, text, _) in enumerate(panels) if text and i > c]
+            room = (following[0] - c) * step - MARGIN if following else width - MARGIN - x
+            put(draw, (x, y + cell[1] + 4), fit_text(caption, 13, room), 13, colour)
+        top += drop
+    return sheet
 
 
 # ---------------------------------------------------------------- gallery and failures
-
 
 @dataclass
 class Examples:
@@ -208,18 +193,16 @@ class Examples:
     iou: np.ndarray  # (n, Q)
 
 
-def panel_size(view: Sequence[float]) -> tuple[int, int]:
-    """(width, height) at which the part of an image that the network sees fills a cell."""
-    width, height = (float(view[2] - view[0]), float(view[3] - view[1]))
-    return tuple(max(1, round(CELL * side / max(width, height))) for side in (width, height))
-
-
 def draw_panel(examples: Examples, i: int, q: int | None) -> Image.Image:
-    """Image i under map q with both boxes and the IoU; q None: as it is, with annotated boxes."""
+    """Image i under map q with both boxes and the IoU; q None: as it is, with annotated boxes.
+
+    It has the shape of the part of the image that the network sees, and fills a cell.
+    """
+    x0, y0, x1, y1 = examples.view[i]
+    size = [max(1, round(CELL * side / max(x1 - x0, y1 - y0))) for side in (x1 - x0, y1 - y0)]
     height, width = examples.picture.shape[1:3]
-    panel = Image.fromarray(examples.picture[i])
-    panel = panel.resize(panel_size(examples.view[i]), Image.Resampling.BICUBIC)
-    scale = np.array([panel.width / width, panel.height / height] * 2)
+    scale = np.divide(size, (width, height)).repeat(2).reshape(2, 2).T.flatten()
+    panel = Image.fromarray(examples.picture[i]).resize(size, Image.Resampling.BICUBIC)
     if q is not None:
         panel = overlay(panel, examples.heat[i, q])
     draw = ImageDraw.Draw(panel)
@@ -247,240 +230,177 @@ def draw_gallery(
 
     titles[model][q]: the map's name, and which maps are multiplied.
     """
-    columns = [(None, None, ("input", ""))]
-    columns += [(e, q, title) for e, row in zip(examples, titles) for q, title in enumerate(row)]
-    rows, line = len(examples[0].label), 22
-    step, drop = CELL + MARGIN, CELL + line + MARGIN
-    width = max(MARGIN + step * len(columns), 3 * step)
-    top = 74 + 20 * len(legend_lines(note, width))
-    sheet = Image.new("RGB", (width, top + drop * rows), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw_legend(sheet, note, any(len(boxes) for boxes in examples[0].ground_truth))
-    for c, (model, q, (title, product)) in enumerate(columns):
-        x = MARGIN + step * c
-        put(draw, (x + CELL / 2, top - 24), fit_text(title, 15, CELL), 15, INK, "ms")
-        put(draw, (x + CELL / 2, top - 7), fit_text(product, 12, CELL), 12, GREY, "ms")
-        for i in range(rows):
-            panel = draw_panel(model or examples[0], i, q)
-            y = top + drop * i
-            sheet.paste(panel, (x + (CELL - panel.width) // 2, y + (CELL - panel.height) // 2))
-            if q is None:
-                name = fit_text(class_name(classes, examples[0].label[i]), 13, CELL)
-                put(draw, (x + CELL / 2, y + CELL + 4), name, 13, INK, "ma")
-            elif q == 0:
-                right = model.predicted[i] == model.label[i]
-                text = f"taken for {class_name(classes, model.predicted[i])}"
-                text = "class right" if right else fit_text(text, 13, min(2, len(titles[0])) * CELL)
-                put(draw, (x, y + CELL + 4), text, 13, GREY if right else INK)
-    return sheet
+    first, rows = examples[0], []
+    for i, label in enumerate(first.label):
+        panels = [(draw_panel(first, i, None), class_name(classes, label), INK)]
+        for model, names in zip(examples, titles):
+            right = model.predicted[i] == label
+            caption = f"taken for {class_name(classes, model.predicted[i])}"
+            caption, colour = ("class right", GREY) if right else (caption, INK)
+            panels += [(draw_panel(model, i, q), caption * (q == 0), colour)
+                       for q in range(len(names))]
+        rows.append(("", panels))
+    columns = [("input", ""), *(title for names in titles for title in names)]
+    return draw_sheet(note, any(map(len, first.ground_truth)), columns, rows)
 
 
 def draw_failures(
-    groups: Sequence[tuple[str, Examples]], classes: Sequence[str], note: str, per_row: int
+    groups: Sequence[tuple[str, Examples]], classes: Sequence[str], note: str
 ) -> Image.Image:
     """A titled row for each kind of failure that occurs; groups: (title, its examples)."""
-    step, line = CELL + MARGIN, 22
-    width = MARGIN + step * per_row
-    titles = [wrap_text(title, 15, width - 2 * MARGIN) for title, _ in groups]
-    heights = [12 + 20 * len(lines) + CELL + line + MARGIN for lines in titles]
-    annotated = any(len(boxes) for _, e in groups for boxes in e.ground_truth)
-    top = 36 + 20 * len(legend_lines(note, width))
-    sheet = Image.new("RGB", (width, top + (sum(heights) or 40) + MARGIN), PAPER)
-    draw, y = ImageDraw.Draw(sheet), top
-    draw_legend(sheet, note, annotated)
-    if not groups:
-        put(draw, (MARGIN, y + 8), "No failure among these images.", 15)
-    for lines, (_, examples), height in zip(titles, groups, heights):
-        draw.line((MARGIN, y, width - MARGIN, y), GRID)
-        for i, text in enumerate(lines):
-            put(draw, (MARGIN, y + 5 + 20 * i), text, 15)
-        first = y + 12 + 20 * len(lines)
-        for i, label in enumerate(examples.label):
-            x, panel = MARGIN + step * i, draw_panel(examples, i, 0)
-            sheet.paste(panel, (x + (CELL - panel.width) // 2, first + (CELL - panel.height) // 2))
+    rows = []
+    for title, examples in groups:
+        panels = []
+        for i, (label, predicted) in enumerate(zip(examples.label, examples.predicted)):
             caption = class_name(classes, label)
-            if examples.predicted[i] != label:
-                predicted = examples.predicted[i]  # perhaps no font has both scripts
-                caption = writable(f"{caption} as {class_name(classes, predicted)}",
-                                   f"class {label} as class {predicted}")
-            caption = fit_text(caption, 13, CELL)
-            put(draw, (x + CELL / 2, first + CELL + 4), caption, 13, INK, "ma")
-        y += height
-    return sheet
-
-
-# ---------------------------------------------------------------- curves
-
-
-class Plot:
-    """Axes with a grid, drawn threefold and reduced at the end, so that lines are smooth."""
-
-    ZOOM, WIDTH, HEIGHT = 3, 860, 520
-    LEFT, RIGHT, TOP, BOTTOM = 70, 24, 66, 64
-
-    def __init__(self, x_range: tuple[float, float], y_range: tuple[float, float]):
-        self.x_range, self.y_range = x_range, y_range
-        self.sheet = Image.new("RGB", (self.ZOOM * self.WIDTH, self.ZOOM * self.HEIGHT), PAPER)
-        self.draw = ImageDraw.Draw(self.sheet)
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        (x0, x1), (y0, y1) = self.x_range, self.y_range
-        width, height = self.WIDTH - self.LEFT - self.RIGHT, self.HEIGHT - self.TOP - self.BOTTOM
-        return (self.ZOOM * (self.LEFT + (x - x0) / (x1 - x0) * width),
-                self.ZOOM * (self.TOP + (y1 - y) / (y1 - y0) * height))
-
-    def text(self, place, words: str, anchor: str, size: int = 14, colour=INK, shift=(0, 0)):
-        place = np.add(place, np.multiply(shift, self.ZOOM))
-        put(self.draw, tuple(place), words, self.ZOOM * size, colour, anchor)
-
-    def axes(self, x_ticks, y_ticks, x_label: str, title: str, note: str) -> None:
-        (x0, x1), y0 = self.x_range, self.y_range[0]
-        for tick, name in y_ticks:
-            self.draw.line((*self.at(x0, tick), *self.at(x1, tick)), GRID, self.ZOOM)
-            self.text(self.at(x0, tick), name, "rm", colour=GREY, shift=(-8, 0))
-        for tick, name in x_ticks:
-            x, y = self.at(tick, y0)
-            self.draw.line((x, y, x, y + 5 * self.ZOOM), INK, self.ZOOM)
-            self.text((x, y), name, "ma", colour=GREY, shift=(0, 9))
-        self.draw.line((*self.at(x0, y0), *self.at(x1, y0)), INK, self.ZOOM)
-        self.text((0, 0), title, "ls", 15, shift=(self.LEFT, 26))
-        note = fit_text(note, 13, self.WIDTH - self.LEFT - self.RIGHT)
-        self.text((0, 0), note, "ls", 13, GREY, shift=(self.LEFT, 48))
-        self.text((0, 0), x_label, "ms", 15, shift=(self.WIDTH / 2, self.HEIGHT - 12))
-
-    def line(self, points, colour, width: int) -> None:
-        points = [self.at(*point) for point in points]
-        self.draw.line(points, colour, self.ZOOM * width, joint="curve")
-
-    def dot(self, x: float, y: float, colour, radius: int) -> None:
-        (x, y), r = self.at(x, y), self.ZOOM * radius
-        self.draw.ellipse((x - r, y - r, x + r, y + r), colour, PAPER, self.ZOOM)
-
-    def key(self, entries: Sequence[tuple[str, tuple, int]]) -> None:
-        """The lines' names, (name, colour, width) each, in the upper right corner."""
-        zoom = self.ZOOM
-        longest = max((font(zoom * 14).getlength(name) for name, _, _ in entries), default=0)
-        x, y = zoom * (self.WIDTH - self.RIGHT - 8) - longest, zoom * (self.TOP + 10)
-        corner = zoom * (self.WIDTH - self.RIGHT), y + zoom * (22 * len(entries) + 2)
-        self.draw.rectangle((x - 44 * zoom, y - 6 * zoom, *corner), PAPER, GRID, zoom)
-        for row, (name, colour, width) in enumerate(entries):
-            middle = y + zoom * (22 * row + 8)
-            self.draw.line((x - 36 * zoom, middle, x - 8 * zoom, middle), colour, zoom * width)
-            self.text((x, middle), name, "lm")
-
-    def finish(self) -> Image.Image:
-        return self.sheet.resize((self.WIDTH, self.HEIGHT), Image.Resampling.LANCZOS)
-
-
-def draw_curve(metrics: dict, coupling: str, note: str = "") -> Image.Image:
-    """gt_known over thresholds, a line per coupling, a dot at the threshold in use."""
-    plot, rows = Plot((0, 1), (0, 100)), metrics["couplings"]
-    plot.axes([(i / 5, f"{i / 5:.1f}") for i in range(6)],
-              [(i, str(i)) for i in range(0, 101, 20)],
-              "threshold of the min-max normalised map (dot: the one in use)",
-              "Images localised with IoU > 0.5 (GT-known), in %", note)
-    baseline = metrics["baselines"]["centred_box"]
-    if baseline is not None:
-        for i in range(0, 100, 2):
-            plot.line([(i / 100, baseline), (i / 100 + 0.01, baseline)], GREY, 1)
-        plot.text(plot.at(1, baseline), "centred box", "rb", 12, GREY, shift=(0, -3))
-    widths = {c: 4 if c == coupling else 2 for c in rows}
-    for c, row in rows.items():
-        if row["gt_known"] is not None:
-            points = list(zip(metrics["thresholds"], row["gt_known_curve"]))
-            plot.line(points, LINES[c], widths[c])
-    for c, row in rows.items():
-        if row["gt_known"] is not None:
-            plot.dot(metrics["threshold"], row["gt_known"], LINES[c], 2 + widths[c])
-    plot.key([(row["label"], LINES[c], widths[c]) for c, row in rows.items()])
-    return plot.finish()
-
-
-def ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """About five round numbers between two, with their text."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next((m for m in (1, 2, 5) if (high - low) / (m * step) <= 6), 10)
-    first = math.ceil(low / step - 1e-9)
-    return [(i * step, f"{i * step:.6g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def draw_loss(log: Sequence[dict]) -> Image.Image:
-    """The training loss over steps: log.jsonl's entries, of steps ("loss") and of epochs' ends.
-
-    A second phase's steps are counted on from a dashed line, which names it.
-    """
-    series, starts, offset = [], {}, 0
-    for phase in dict.fromkeys(entry["phase"] for entry in log):
-        entries = [entry for entry in log if entry["phase"] == phase]
-        series.append([[(offset + entry["step"], entry[key]) for entry in entries
-                        if math.isfinite(entry.get(key, math.nan))]
-                       for key in ("loss", "mean_loss")])
-        starts[offset] = phase
-        offset += max(entry["step"] for entry in entries)
-    losses = [loss for phase in series for points in phase for _, loss in points] or [0.0]
-    low, high = min(0.0, *losses), max(losses)
-    plot = Plot((0, max(offset, 1)), (low, high * 1.05 if high > low else low + 1))
-    note = f"{sum(len(steps) for steps, _ in series)} logged steps"
-    plot.axes(ticks(*plot.x_range), ticks(*plot.y_range), "step", "Training loss", note)
-    for start, name in starts.items() if len(starts) > 1 else ():
-        for i in range(0, 100, 2):
-            y0, y1 = (low + part / 100 * (plot.y_range[1] - low) for part in (i, i + 1))
-            plot.line([(start, y0), (start, y1)], GREY, 1)
-        plot.text(plot.at(start, low), name, "lb", 13, GREY, shift=(5, -4))
-    for steps, epochs in series:
-        for points, colour, width in (steps, LINES["none"], 1), (epochs, LINES["relation"], 3):
-            if points:
-                plot.line(points, colour, width)
-        for x, y in epochs if len(epochs) < 30 else ():
-            plot.dot(x, y, LINES["relation"], 5)
-    plot.key([("a step's loss", LINES["none"], 1),
-              ("mean of an epoch, at its end", LINES["relation"], 3)])
-    return plot.finish()
+            caption += f" as {class_name(classes, predicted)}" * (predicted != label)
+            panels.append((draw_panel(examples, i, 0), caption, INK))
+        rows.append((title, panels))
+    annotated = any(len(boxes) for _, examples in groups for boxes in examples.ground_truth)
+    return draw_sheet(note, annotated, [], rows or [("No failure among these images.", [])])
 
 
 # ---------------------------------------------------------------- a user's own photographs
 
-
 def draw_own(
-    picture: Image.Image, view: Sequence[float],
-    maps: Sequence[tuple[str, np.ndarray, Sequence[float]]], lines: Sequence[str],
+    picture: Image.Image, view: Sequence[float], titles: Sequence[tuple[str, str]],
+    heat: np.ndarray, boxes: Sequence[Sequence[float]], caption: str, note: str,
 ) -> Image.Image:
-    """The undimmed photograph, then each map over the part that the network saw, boxes on all.
+    """The undimmed photograph, then each map over the part that the network saw, with its box.
 
-    maps: (name, values (H, W) in [0, 1], box in the photograph's pixels). lines: what stands below.
+    titles: Q maps' names, and what is multiplied. heat (Q, H, W) in [0, 1], boxes (Q, 4) in the
+    photograph's pixels; a single one is drawn on the photograph too.
     """
     scale = min(max(1, 480 / max(picture.size)), 720 / max(picture.size))
     size = [max(1, round(scale * side)) for side in picture.size]
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     left, top, right, bottom = (round(scale * v) for v in view)
     left, top = min(left, size[0] - 1), min(top, size[1] - 1)  # of a thin picture a pixel is left
-    corner = [left, top, max(right, left + 1), max(bottom, top + 1)]
-    panels = [("photograph", picture)]
-    width = max(2, max(size) // 200)
-    for name, heat, box in maps:
+    seen = (left, top, max(right, left + 1), max(bottom, top + 1))
+    panels, width = [(picture, caption, INK)], max(2, max(size) // 200)
+    for values, box in zip(heat, boxes):
         panel = picture.copy()
-        panel.paste(overlay(picture.crop(corner), heat), corner[:2])
+        panel.paste(overlay(picture.crop(seen), values), seen[:2])
         draw_box(ImageDraw.Draw(panel), np.multiply(box, scale), CYAN, width)
-        panels.append((name, panel))
-    if len(maps) == 1:
-        draw_box(ImageDraw.Draw(picture), np.multiply(maps[0][2], scale), CYAN, width)
+        panels.append((panel, "", INK))
+    if len(boxes) == 1:
+        draw_box(ImageDraw.Draw(picture), np.multiply(boxes[0], scale), CYAN, width)
 
-    stacked = size[0] > 1.6 * size[1]
-    column = max(size[0], 180)  # room for a title above a thin picture
-    across, down = (1, len(panels)) if stacked else (len(panels), 1)
-    width = max(MARGIN + across * (column + MARGIN), 480)
-    lines = [line for text in lines for line in wrap_text(text, 15, width - 2 * MARGIN)]
-    drop = 26 + size[1] + MARGIN
-    sheet = Image.new("RGB", (width, down * drop + 40 + 22 * len(lines)), PAPER)
+    # a wide photograph's maps stand below it, another's beside it
+    columns = [("photograph", ""), *titles]
+    rows = [("", panels)]
+    if size[0] > 1.6 * size[1]:
+        rows = [(title, [panel]) for (title, _), panel in zip(columns, panels)]
+        columns = []
+    return draw_sheet(note, False, columns, rows, (max(size[0], CELL), size[1]))
+
+
+# ---------------------------------------------------------------- plots
+
+ZOOM, WIDTH, HEIGHT = 3, 860, 520  # drawn threefold and reduced, so that lines are smooth
+LEFT, RIGHT, TOP, BOTTOM = 70, 24, 92, 64
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from low to high."""
+    step = 10 ** math.floor(math.log10((high - low) / 4))
+    step *= next((m for m in (1, 2, 5) if (high - low) / (m * step) <= 6), 10)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def draw_plot(
+    title: str, note: str, x_label: str, x_range: tuple[float, float],
+    y_range: tuple[float, float], key: Sequence[tuple], lines: Sequence[tuple],
+    dots: Sequence[tuple], labels: Sequence[tuple],
+) -> Image.Image:
+    """Lines over a grid.
+
+    key: (name, colour, width of its line). lines: (points, colour, width). dots: (x, y, colour,
+    radius). labels: (x, y, text, the anchor of the text at x, y).
+    """
+    sheet = Image.new("RGB", (ZOOM * WIDTH, ZOOM * HEIGHT), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for i, (name, panel) in enumerate(panels):
-        x = MARGIN + (0 if stacked else i * (column + MARGIN))
-        y = i * drop if stacked else 0
-        put(draw, (x, y + 5), fit_text(name, 15, max(column, width if stacked else 0)), 15, GREY)
-        sheet.paste(panel, (x, y + 26))
-    y = down * drop + 4
-    y = draw_legend(sheet, "", False, y=y)
-    for line in lines:
-        put(draw, (MARGIN, y), line, 15)
-        y += 22
-    return sheet
+    (x0, x1), (y0, y1) = x_range, y_range
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return (LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
+                HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM))
+
+    def line(points: Iterable[tuple[float, float]], colour: tuple, width: int) -> None:
+        draw.line([(ZOOM * x, ZOOM * y) for x, y in points], colour, ZOOM * width, joint="curve")
+
+    def text(x: float, y: float, words: str, anchor: str, size: int = 14, colour=GREY) -> None:
+        put(draw, (ZOOM * x, ZOOM * y), words, ZOOM * size, colour, anchor)
+
+    # titles, axes, and the lines' names
+    text(LEFT, 26, title, "ls", 15, INK)
+    text(LEFT, 47, fit_text(note, 13, WIDTH - LEFT - RIGHT), "ls", 13)
+    text(WIDTH / 2, HEIGHT - 12, x_label, "ms", 15, INK)
+    for y in ticks(y0, y1):
+        line([at(x0, y), at(x1, y)], GRID, 1)
+        text(LEFT - 8, at(x0, y)[1], f"{y:.6g}", "rm")
+    for x in ticks(x0, x1):
+        text(at(x, y0)[0], HEIGHT - BOTTOM + 9, f"{x:.6g}", "ma")
+    line([at(x0, y0), at(x1, y0)], INK, 1)
+    x = LEFT
+    for name, colour, width in key:
+        line([(x, 70), (x + 20, 70)], colour, width)
+        text(x + 26, 70, name, "lm", 13, INK)
+        x += 44 + font(13).getlength(name)
+
+    # the lines themselves
+    for points, colour, width in lines:
+        line([at(*point) for point in points], colour, width)
+    for x, y, colour, radius in dots:
+        (x, y), r = at(x, y), radius
+        draw.ellipse([ZOOM * v for v in (x - r, y - r, x + r, y + r)], colour, PAPER, ZOOM)
+    for x, y, words, anchor in labels:
+        text(*np.add(at(x, y), (4, -4)), words, anchor, 13)
+    return sheet.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+
+
+def draw_curve(metrics: dict, coupling: str, note: str) -> Image.Image:
+    """gt_known over thresholds, a line per coupling, a dot at the threshold in use."""
+    key, lines, dots = [], [], []
+    for name, row in metrics["couplings"].items():
+        width = 4 if name == coupling else 2
+        key.append((row["label"], LINES[name], width))
+        lines.append((list(zip(metrics["thresholds"], row["gt_known_curve"])), LINES[name], width))
+        dots.append((metrics["threshold"], row["gt_known"], LINES[name], 2 + width))
+    centred = metrics["baselines"]["centred_box"]
+    lines.insert(0, ([(0, centred), (1, centred)], GREY, 1))
+    return draw_plot(
+        "Images localised with IoU > 0.5 (GT-known), in %", note,
+        "threshold of the min-max normalised map (dot: the one in use)", (0, 1), (0, 100), key,
+        lines, dots, [(0.99, centred, "centred box", "rs")])
+
+
+def draw_loss(log: Sequence[dict]) -> Image.Image:
+    """The training loss over steps: log.jsonl's entries, of steps ("loss") and of epochs' ends.
+
+    A second phase's steps are counted on from the first's, at a line that names it.
+    """
+    step_losses, epoch_losses, starts, offset = [], [], {}, 0
+    for phase in dict.fromkeys(entry["phase"] for entry in log):
+        entries = [entry for entry in log if entry["phase"] == phase]
+        for series, name in ((step_losses, "loss"), (epoch_losses, "mean_loss")):
+            series.append([(offset + entry["step"], entry[name]) for entry in entries
+                           if math.isfinite(entry.get(name, math.nan))])
+        starts[offset] = phase
+        offset += max(entry["step"] for entry in entries)
+    losses = [loss for points in step_losses + epoch_losses for _, loss in points] or [0.0]
+    low, high = min(0.0, *losses), max(losses)
+    high = high * 1.05 if high > low else low + 1
+    starts = starts if len(starts) > 1 else {}
+    lines = [([(start, low), (start, high)], GREY, 1) for start in starts]
+    lines += [(points, LINES["none"], 1) for points in step_losses]
+    lines += [(points, LINES["relation"], 3) for points in epoch_losses]
+    dots = [(*point, LINES["relation"], 5) for points in epoch_losses for point in points]
+    return draw_plot(
+        "Training loss", f"{sum(map(len, step_losses))} logged steps", "step",
+        (0, max(offset, 1)), (low, high),
+        [("a step's loss", LINES["none"], 1),
+         ("mean of an epoch, at its end", LINES["relation"], 3)],
+        lines, dots if len(dots) < 30 else (),
+        [(start, low, phase, "ls") for start, phase in starts.items()])

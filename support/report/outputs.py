@@ -11,6 +11,7 @@ from support.report.figures import is_ours
 
 MANIFEST = "manifest.json"  # in each folder of outputs: {"written_by", "files"}
 WRITTEN_BY = "evaluate.py"
+REPORT_FILES = ("predictions.jsonl", "metrics.json", "gallery.png", "curve.png", "failures.png")
 RUN_FILES = ("last.pt", "best.pt", "pretrained.pt", "config.json", "log.jsonl")  # train.py's
 
 
