@@ -426,8 +426,7 @@ def localise_photographs(subject: "Subject", threshold: float, flags: Namespace)
     note = f"Box at threshold {threshold:g} of the min-max normalised map."
     note += " No class was trained: the maps are the backbone's attention." * (not classes)
     (paths, notes), entries, skipped = find_images(flags.images), [], []
-    for text in notes:
-        print(f"note: {text}")
+    print_notes(notes)
     if not paths:
         raise ValueError(f"--images: no picture in {', '.join(map(printable, flags.images))}")
     files = [flags.out / name for name in output_names(paths)]
@@ -607,9 +606,9 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
     return dataset
 
 
-def print_notes(datasets: Sequence[torch.utils.data.Dataset]) -> None:
-    """What the data sets left out, clipped or took on trust."""
-    for note in dict.fromkeys(note for dataset in datasets for note in dataset.notes):
+def print_notes(notes: Sequence[str]) -> None:
+    """What was left out, clipped or taken on trust in the data, each once."""
+    for note in dict.fromkeys(notes):
         print(f"note: {printable(note)}")
 
 
@@ -617,7 +616,7 @@ def choose_threshold(subject: Subject, flags: Namespace) -> tuple[float, str]:
     """The threshold and where it came from."""
     if flags.threshold == "auto":
         val_set = load_split(subject, flags, "val")
-        print_notes([val_set])
+        print_notes(val_set.notes)
         evaluation = evaluate_model(
             subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
             workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
@@ -642,7 +641,7 @@ def evaluate(flags: Namespace) -> int:
     folders = [flags.out / name if several else flags.out for name in names]
     if not flags.images:
         datasets = [load_split(subject, flags, flags.split) for subject in subjects]
-        print_notes(datasets)
+        print_notes([note for dataset in datasets for note in dataset.notes])
         files = [*REPORT_FILES, *["maps.npz"] * flags.save_maps]
         joint = {flags.out: ["metrics.json", "gallery.png"]} if several else {}
         claim(joint | {folder: files for folder in folders})

@@ -224,9 +224,9 @@ def epoch_stream(train_set, plan: Plan, key: tuple, done: int, passed: int, conf
     return iter(data.loader(train_set, lists, config["workers"]))
 
 
-def score(model: LCTR, dataset, config: dict, **options) -> evaluate.Scores:
-    return evaluate.score(model, dataset, device=config["device"], workers=config["workers"],
-                          amp=config["amp"], **options)
+def score(model: LCTR, dataset, config: dict, **options) -> evaluate.Evaluation:
+    return evaluate.evaluate_model(model, dataset, device=config["device"],
+                                   workers=config["workers"], amp=config["amp"], **options)
 
 
 def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict | None,

@@ -64,7 +64,7 @@ def toy_model(head: str = "cdm", classes: int = 7, img_size=(24, 32), seed: int 
 def test_scores_equal_their_definition(head, gt_class):
     """Every number of summarise() recomputed image by image, map by map, with the flood fill."""
     model, dataset, threshold = toy_model(head, img_size=(12, 16)).eval(), Toy(7, (12, 16)), 0.3
-    scores = evaluate.score(model, dataset, batch_size=4, gt_class=gt_class)
+    scores = evaluate.evaluate_model(model, dataset, batch_size=4, gt_class=gt_class)
     metrics = evaluate.summarise(scores, threshold)
     assert list(metrics["couplings"]) == [
         c for c in COUPLINGS if head != "token" or c.endswith("-only")]
@@ -111,7 +111,7 @@ def test_scores_equal_their_definition(head, gt_class):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_relations_between_metrics(seed):
-    scores = evaluate.score(toy_model(seed=seed), Toy(30, seed=seed, boxes=1))
+    scores = evaluate.evaluate_model(toy_model(seed=seed), Toy(30, seed=seed, boxes=1))
     metrics = evaluate.summarise(scores, 0.1)
     assert metrics["n"] == metrics["n_boxes"] == 30
     for row in metrics["couplings"].values():
@@ -121,12 +121,14 @@ def test_relations_between_metrics(seed):
         assert row["top1_loc"] + sum(row["failures"].values()) == pytest.approx(100)
 
 
-def same(a: evaluate.Scores, b: evaluate.Scores) -> None:
-    for key, value in vars(a.images).items():
-        other = getattr(b.images, key)
+def same(a: evaluate.Evaluation, b: evaluate.Evaluation) -> None:
+    for key, value in vars(a).items():
+        other = getattr(b, key)
+        if key == "seconds":
+            continue
         if key == "boxes":
             assert all(torch.equal(x, y) for x, y in zip(value, other, strict=True))
-        elif value is None or isinstance(value, list):
+        elif not isinstance(value, np.ndarray):
             assert value == other
         else:
             np.testing.assert_allclose(value, other, rtol=1e-5, atol=1e-6)
@@ -134,10 +136,10 @@ def same(a: evaluate.Scores, b: evaluate.Scores) -> None:
 
 def test_batch_size_and_repetition_change_nothing():
     model, dataset = toy_model(), Toy(10)
-    first = evaluate.score(model, dataset, batch_size=10, keep_maps=True)
-    assert first.images.path == [f"p{i}" for i in range(10)]
+    first = evaluate.evaluate_model(model, dataset, batch_size=10, keep_maps=True)
+    assert first.path == [f"p{i}" for i in range(10)]
     for batch_size in (10, 3, 1):
-        same(evaluate.score(model, dataset, batch_size=batch_size, keep_maps=True), first)
+        same(evaluate.evaluate_model(model, dataset, batch_size=batch_size, keep_maps=True), first)
 
 
 def test_one_forward_pass_serves_every_coupling(monkeypatch):
@@ -149,21 +151,21 @@ def test_one_forward_pass_serves_every_coupling(monkeypatch):
         return forward(images, *rest)
 
     monkeypatch.setattr(model, "forward_features", counted)
-    evaluate.score(model, Toy(10), batch_size=4)
+    evaluate.evaluate_model(model, Toy(10), batch_size=4)
     assert seen == [4, 4, 2]
 
 
 def test_classification_alone_and_the_models_mode():
     model = toy_model().train()
-    scores = evaluate.score(model, Toy(6), couplings=())
+    scores = evaluate.evaluate_model(model, Toy(6), couplings=())
     assert model.training and evaluate.summarise(scores, 0.2)["couplings"] == {}
-    whole = evaluate.summarise(evaluate.score(model, Toy(6)), 0.2)
+    whole = evaluate.summarise(evaluate.evaluate_model(model, Toy(6)), 0.2)
     assert evaluate.summarise(scores, 0.2)["top5_cls"] == whole["top5_cls"] > 0
 
 
 def test_images_without_boxes_count_for_classification_alone(tmp_path):
     dataset = Toy(5, boxes=0)
-    scores = evaluate.score(toy_model(), dataset)
+    scores = evaluate.evaluate_model(toy_model(), dataset)
     metrics = evaluate.summarise(scores, 0.2)
     assert metrics["n"] == 5 and metrics["n_boxes"] == 0 and metrics["top5_cls"] is not None
     assert metrics["couplings"]["relation"]["gt_known"] is None
@@ -214,19 +216,19 @@ def test_top5_rules_differ_and_the_papers_is_used():
     """
     model = Painted([3.0, 2.0, 1.0], torch.stack([blob(3, 3), blob(0, 0), blob(0, 3)]))
     dataset = painted_set([[0, 0, 5, 5]], label=1)
-    by_paper = evaluate.summarise(evaluate.score(model, dataset), 0.2)
+    by_paper = evaluate.summarise(evaluate.evaluate_model(model, dataset), 0.2)
     assert by_paper["top5_cls"] == 100 and by_paper["top1_cls"] == 0
     row = by_paper["couplings"]["relation"]
     assert row["top5_loc"] == row["gt_known"] == 0
     assert row["max_box_acc"] == 100  # the oracle looks at the label's map
 
-    by_label = evaluate.summarise(evaluate.score(model, dataset, gt_class=True), 0.2)
+    by_label = evaluate.summarise(evaluate.evaluate_model(model, dataset, gt_class=True), 0.2)
     row = by_label["couplings"]["relation"]
     assert row["top5_loc"] == row["gt_known"] == 100 and row["top1_loc"] == 0  # TS-CAM's result
 
     # and the other way round: the predicted class's map is right, the label's wrong
     dataset = painted_set([[11, 11, 16, 16]], label=1)
-    row = evaluate.summarise(evaluate.score(model, dataset), 0.2)["couplings"]["relation"]
+    row = evaluate.summarise(evaluate.evaluate_model(model, dataset), 0.2)["couplings"]["relation"]
     assert row["top5_loc"] == row["gt_known"] == 100 and row["max_box_acc"] == 0
 
 
@@ -234,7 +236,7 @@ def test_v2_takes_any_component_and_v1_the_largest():
     class_map = blob(0, 0)
     class_map[2:, 2:] = 1
     model = Painted([1.0, 0.0], torch.stack([class_map, blob(3, 0)]))
-    metrics = evaluate.summarise(evaluate.score(model, painted_set([[0, 0, 4, 4]], label=0)), 0.2)
+    metrics = evaluate.summarise(evaluate.evaluate_model(model, painted_set([[0, 0, 4, 4]], label=0)), 0.2)
     row = metrics["couplings"]["none"]
     assert row["max_box_acc"] == 0 and row["max_box_acc_v2"] > 60
 
@@ -243,22 +245,21 @@ def test_best_of_several_annotated_boxes():
     model = Painted([1.0, 0.0], torch.stack([blob(0, 0), blob(3, 0)]))
     for boxes, known in (([[0, 0, 5, 5]], 100), ([[9, 9, 16, 16], [0, 0, 5, 5]], 100),
                          ([[0, 0, 5, 5], [1, 1, 1, 9]], 100), ([[2, 2, 2, 2]], 0)):
-        metrics = evaluate.summarise(evaluate.score(model, painted_set(boxes, 0)), 0.2)
+        metrics = evaluate.summarise(evaluate.evaluate_model(model, painted_set(boxes, 0)), 0.2)
         assert metrics["couplings"]["none"]["gt_known"] == known
 
 
-def made_up(iou: np.ndarray, **images) -> evaluate.Scores:
-    """Scores of n images and one coupling with these IoUs (n, T)."""
+def made_up(iou: np.ndarray, **images) -> evaluate.Evaluation:
+    """An evaluation of n images and one coupling with these IoUs (n, T)."""
     n, t = iou.shape
     known = {
-        "index": np.arange(n), "label": np.zeros(n, int), "top5": np.zeros((n, 1), int),
+        "label": np.zeros(n, int), "top5": np.zeros((n, 1), int),
         "path": ["p"] * n, "boxes": [torch.tensor([[0.0, 0, 8, 8]])] * n,
-        "size": np.full((n, 2), 16), "view": np.tile([0.0, 0, 16, 16], (n, 1)),
+        "view": np.tile([0.0, 0, 16, 16], (n, 1)),
         "box": np.zeros((n, 1, t, 4), np.int16), "iou": iou[:, None],
         "oracle": np.repeat(iou[:, None, :, None] >= 0.5, 4, 3), "baseline": np.zeros((n, 2))}
-    return evaluate.Scores(
-        "cdm", (16, 16), ("relation",), evaluate.THRESHOLDS, False, "off", {},
-        evaluate.ImageScores(**known | images))
+    return evaluate.Evaluation(
+        "cdm", (16, 16), ("relation",), evaluate.THRESHOLDS, False, "off", {}, **known | images)
 
 
 def test_the_best_threshold_is_found_after_averaging_never_per_image():
@@ -279,7 +280,7 @@ def test_a_hit_exceeds_half_while_the_oracle_may_equal_it():
 
 
 def test_a_threshold_that_was_not_scored_is_an_error():
-    with pytest.raises(ValueError, match="0.123 was not scored"):
+    with pytest.raises(ValueError, match="0.123 was not evaluated"):
         evaluate.summarise(made_up(np.zeros((1, 100), np.float32)), 0.123)
 
 
@@ -330,9 +331,9 @@ def test_processes_share_the_work_and_agree(tmp_path):
             dist.init_process_group(
                 "gloo", init_method="file://{tmp_path}/meet", rank=rank, world_size=world)
             for n in (7, 2):
-                scores = evaluate.score(t.toy_model(), t.Toy(n), batch_size=2)
+                scores = evaluate.evaluate_model(t.toy_model(), t.Toy(n), batch_size=2)
                 if rank == n % 3:
-                    torch.save(scores.images, "{tmp_path}/" + str(n))
+                    torch.save(scores, "{tmp_path}/" + str(n))
             dist.destroy_process_group()
 
         if __name__ == "__main__":
@@ -342,9 +343,9 @@ def test_processes_share_the_work_and_agree(tmp_path):
         [sys.executable, script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for n in (7, 2):
-        alone = evaluate.score(toy_model(), Toy(n), batch_size=4)
+        alone = evaluate.evaluate_model(toy_model(), Toy(n), batch_size=4)
         shared = torch.load(tmp_path / str(n), weights_only=False)
-        same(replace(alone, images=shared), alone)
+        same(shared, alone)
 
 
 # ---------------------------------------------------------------- the script
@@ -413,7 +414,7 @@ def test_flags_reach_the_numbers(checkpoint, tmp_path, capsys):
     status, out, err = call(capsys, evaluate, *common, "--threshold", "auto")
     model, _ = evaluate.load_checkpoint(checkpoint)
     val = data.load_dataset("synthetic", None, "val", 16, limit=8)
-    best = evaluate.best_threshold(evaluate.score(model, val), "relation")
+    best = evaluate.best_threshold(evaluate.evaluate_model(model, val), "relation")
     assert f"threshold {best:g} (the best gt-known of 8 val" in out
 
 
@@ -685,14 +686,14 @@ def test_what_cannot_be_read_is_named_and_skipped(checkpoint, tmp_path, capsys, 
 
 def test_a_picture_that_cannot_be_written_ends_no_batch(checkpoint, tmp_path, capsys, monkeypatch):
     paths = [picture(tmp_path / f"{i}.jpg") for i in range(3)]
-    write = evaluate.write_photographs.__globals__["write_png"]
+    write = evaluate.write_png
 
     def failing(path, drawing):
         if path.name == "1.png":
             raise OSError(28, "No space left on device")
         write(path, drawing)
 
-    monkeypatch.setitem(evaluate.write_photographs.__globals__, "write_png", failing)
+    monkeypatch.setattr(evaluate, "write_png", failing)
     status, _, err = call(capsys, evaluate, "--checkpoint", checkpoint, "--images", *paths,
                           "--out", tmp_path / "out")
     assert status == 1 and "1.jpg: No space left on device" in err and err.count("\n") == 1
@@ -930,11 +931,11 @@ def test_without_boxes_one_threshold_is_scored_and_no_curve_drawn(tmp_path, caps
     """Classification, maps with predicted boxes, misclassified pictures, how to add boxes."""
     model, dataset = toy_model(), Toy(9, boxes=0)
     dataset.annotated = 0
-    scores = evaluate.score(model, dataset, threshold=0.3)
-    assert scores.thresholds == [0.3] and scores.images.box.shape[2] == 1
-    swept = evaluate.score(model, Toy(9, boxes=0), threshold=0.3)
+    scores = evaluate.evaluate_model(model, dataset, threshold=0.3)
+    assert scores.thresholds == [0.3] and scores.box.shape[2] == 1
+    swept = evaluate.evaluate_model(model, Toy(9, boxes=0), threshold=0.3)
     at = swept.thresholds.index(0.3)
-    assert (swept.images.box[:, :, at] == scores.images.box[:, :, 0]).all()
+    assert (swept.box[:, :, at] == scores.box[:, :, 0]).all()
     metrics = evaluate.summarise(scores, 0.3)
     assert metrics == evaluate.summarise(swept, 0.3)
     figures.write_png(tmp_path / "curve.png", Image.new("RGB", (1, 1)))  # an earlier run's
@@ -982,7 +983,7 @@ def test_a_users_curve_is_left_where_no_image_has_a_box(tmp_path):
     model, dataset = toy_model(), Toy(3, boxes=0)
     picture(tmp_path / "curve.png")
     before = (tmp_path / "curve.png").read_bytes()
-    scores = evaluate.score(model, dataset)
+    scores = evaluate.evaluate_model(model, dataset)
     evaluate.report(tmp_path, model, dataset, scores, evaluate.summarise(scores, 0.2),
                     "relation", 0.2)
     assert (tmp_path / "curve.png").read_bytes() == before
@@ -993,11 +994,11 @@ def test_a_users_curve_is_left_where_no_image_has_a_box(tmp_path):
 
 def test_amp_reaches_the_forward_pass_and_the_report(checkpoint, tmp_path, capsys):
     model, dataset = toy_model(), Toy(6)
-    exact = evaluate.score(model, dataset, keep_maps=True)
-    mixed = evaluate.score(model, dataset, keep_maps=True, amp="bf16")
+    exact = evaluate.evaluate_model(model, dataset, keep_maps=True)
+    mixed = evaluate.evaluate_model(model, dataset, keep_maps=True, amp="bf16")
     assert (exact.amp, mixed.amp) == ("off", "bf16")
     for name in ("class_map", "cls_map", "relation_map"):
-        a, b = getattr(exact.images, name), getattr(mixed.images, name)
+        a, b = getattr(exact, name), getattr(mixed, name)
         assert b.dtype == np.float32
         assert not np.array_equal(a, b)
         np.testing.assert_allclose(b, a, rtol=0, atol=0.1 * np.abs(a).max())

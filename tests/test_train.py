@@ -260,7 +260,7 @@ def test_a_folder_with_odd_names(tmp_path, capsys, boxes):
     else:
         assert metrics["n_boxes"] == 3 and [len(line["boxes"]) for line in lines] == [1, 0, 2, 1]
         val = data.load_dataset("folder", root, "val", 32)
-        scores = evaluate.score(load_checkpoint(tmp_path / "run" / "best.pt")[0], val)
+        scores = evaluate.evaluate_model(load_checkpoint(tmp_path / "run" / "best.pt")[0], val)
         assert metrics["threshold"] == evaluate.best_threshold(scores, "relation") != 0.2
         assert lines[3]["boxes"] == [[0, 0, 50, 20]] and lines[1]["iou"] is None
         assert [note.split(" (")[0] for note in notes] == [
@@ -756,7 +756,7 @@ def test_ctrl_c_ends_an_evaluation_at_once(tmp_path, finished, monkeypatch, caps
         calls.append(1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(evaluate, "score_batch", interrupt)
+    monkeypatch.setattr(evaluate, "localize", interrupt)
     message = fails(capsys, *TINY, "--out", tmp_path / "run", status=130)
     assert len(calls) == 1 and "stopping after this step" not in message
     assert weights(tmp_path / "run", "last.pt", "phase") == "pretrain"

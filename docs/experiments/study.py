@@ -77,7 +77,7 @@ def train(folder: Path, flags: list[str], threads: int) -> None:
 
 
 def measure(folder: Path, source: tuple, limit: int | None) -> None:
-    """Scores the run on the test split: measured.json, and each image's hits in measured.npz."""
+    """Evaluates the run on the test split: measured.json, each image's hits in measured.npz."""
     model, checkpoint = load_checkpoint(folder / "last.pt")
     name, root = source
 
@@ -85,19 +85,19 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         return data.load_dataset(name, root, split, checkpoint["config"]["img_size"], limit=limit,
                                  classes=checkpoint["classes"])
 
-    test, val_scores = load("test"), None
+    test, on_val = load("test"), None
     if data.has_split(name, root, "val"):
-        val_scores = evaluate.score(model, load("val"))
-    scores = evaluate.score(model, test)
-    images, has = scores.images, scores.annotated
-    top1 = (images.top5[:, 0] == images.label)[has]
+        on_val = evaluate.evaluate_model(model, load("val"))
+    on_test = evaluate.evaluate_model(model, test)
+    has = on_test.annotated
+    top1 = (on_test.top5[:, 0] == on_test.label)[has]
     found, hits = {"top1_cls": 100 * float(top1.mean()), "couplings": {}}, {"top1_cls": top1}
-    for q, coupling in enumerate(scores.couplings):
+    for coupling in on_test.couplings:
         threshold = evaluate.DEFAULT_THRESHOLD
-        if val_scores:
-            curve = evaluate.summarise(val_scores, 0)["couplings"][coupling]["gt_known_curve"]
+        if on_val:
+            curve = evaluate.summarise(on_val, 0)["couplings"][coupling]["gt_known_curve"]
             threshold = max(THRESHOLDS, key=lambda t: curve[evaluate.THRESHOLDS.index(t)])
-        hit = images.iou[has, q, evaluate.threshold_index(scores, threshold)] > evaluate.HIT
+        hit = on_test.iou[has, *on_test.at(coupling, threshold)] > evaluate.HIT
         hits |= {f"{coupling} gt_known": hit, f"{coupling} top1_loc": hit & top1}
         found["couplings"][coupling] = {"threshold": threshold, "gt_known": 100 * float(hit.mean()),
                                         "top1_loc": 100 * float((hit & top1).mean())}

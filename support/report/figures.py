@@ -350,7 +350,7 @@ def draw_plot(
         x += 44 + font(13).getlength(name)
 
     # the lines themselves
-    for points, colour, width in lines:
+    for points, colour, width in (entry for entry in lines if entry[0]):
         line([at(*point) for point in points], colour, width)
     for x, y, colour, radius in dots:
         (x, y), r = at(x, y), radius
