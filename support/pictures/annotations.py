@@ -63,34 +63,22 @@ def parse_box(*numbers) -> tuple[float, ...]:
 # ---------------------------------------------------------------- tables, CSV, XML
 
 
-def read_table(path: Path, needed: str, parse) -> dict:
-    """{id: (line number, value)} of lines "<id> <rest>"; parse(rest) raises ValueError or KeyError
-    unless as needed.
+def read_table(path: Path, needed: str, parse, kind: type = int) -> dict:
+    """{id: (line number, value)} of lines "<id> <rest>", the id of a kind; parse(rest) raises
+    ValueError or KeyError unless as needed.
     """
     rows = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
                 key, rest = line.split(maxsplit=1)
-                key, value = int(key), parse(rest.strip())
+                key, value = kind(key), parse(rest.strip())
             except (ValueError, KeyError):
                 raise DataError(f"{path}:{number}: found {line[:80]!r}, needs {needed}") from None
             if key in rows:
                 raise DataError(f"{path}:{number}: id {key} is on line {rows[key][0]} already")
             rows[key] = number, value
     return rows
-
-
-def read_synsets(path: Path) -> dict[str, str]:
-    """{wnid: words} of ILSVRC's LOC_synset_mapping.txt."""
-    words = {}
-    for number, line in enumerate(read_text(path).strip().split("\n"), 1):
-        wnid, _, rest = line.strip().partition(" ")
-        if not rest or wnid in words:
-            raise DataError(f"{path}:{number}: found {line[:80]!r}, needs '<wnid> <words>', each "
-                            "wnid once")
-        words[wnid] = rest
-    return words
 
 
 def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], list[str]]:

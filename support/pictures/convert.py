@@ -30,7 +30,7 @@ from typing import NamedTuple
 from support.pictures.annotations import (UNTOLD, nfc, notes_of, parse_box, place_boxes,
                                           read_objects, read_size, read_text, wrong_size)
 from support.pictures.decode import DataError, Decoded, decode
-from support.pictures.folders import SUFFIXES, list_below
+from support.pictures.folders import SUFFIXES, images_below
 
 UNMATCHED = "annotations are of no image below --root and are left out"
 UNREADABLE = "files or images cannot be read and are left out"
@@ -142,7 +142,7 @@ def match(
     shares more folder names with it has it.
     """
     by_stem, matched = {}, {}
-    for path in list_below(root)[0]:
+    for path in images_below(root, defaultdict(list)):
         path = os.path.relpath(path, root)
         by_stem.setdefault(stem_of(path), []).append(path)
     for annotation in annotations:
@@ -175,8 +175,9 @@ def match(
 # ---------------------------------------------------------------- COCO
 
 
-def placed(where: str, stated, boxes: list, decoded: Decoded, picture: Path) -> tuple[list, str]:
-    """(class, box) of a picture, brought into its upright frame."""
+def placed(where: str, sides, boxes: list, decoded: Decoded, picture: Path) -> tuple[list, str]:
+    """(class, box) of a picture, brought into its upright frame. sides: the stated ones, or 0, 0."""
+    stated = read_size(*sides, where)
     try:
         rows, remark = place_boxes([box for _, box in boxes], stated, decoded)
     except ValueError:
@@ -200,10 +201,8 @@ def read_coco(file: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable[
     text = read_text(file)
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not a JSON file ({error})") from None
-    except RecursionError:
-        raise DataError(f"{file}: lists within lists without end, needs COCO's") from None
 
     def entries(key: str, **needed: type | tuple) -> Iterable[tuple[str, dict]]:
         """(where an entry is, the entry) for those of a list that have what is needed."""
@@ -225,12 +224,8 @@ def read_coco(file: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable[
     for where, entry in entries("images", id=ids, file_name=str):
         if entry["id"] in images:
             raise DataError(f"{where}: id {entry['id']} is another image's")
-        try:
-            stated = read_size(entry.get("width") or 0, entry.get("height") or 0, where)
-        except DataError as error:
-            remarks[UNREADABLE].append(error)
-            continue
-        images[entry["id"]] = f"{where} {entry['file_name']!r}", entry["file_name"], stated, []
+        sides = entry.get("width") or 0, entry.get("height") or 0
+        images[entry["id"]] = f"{where} {entry['file_name']!r}", entry["file_name"], sides, []
 
     for where, entry in entries("annotations", image_id=ids):
         category = entry.get("category_id")
@@ -244,8 +239,8 @@ def read_coco(file: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable[
                 images[entry["image_id"]][-1].append((name, coco_box(entry)))
         except (TypeError, ValueError, LookupError, OverflowError):
             remarks[NO_BOX].append(f"{where}: bbox {str(entry.get('bbox'))[:80]}")
-    return [Annotation(where, [name.replace("\\", "/")], partial(placed, where, stated, boxes))
-            for where, name, stated, boxes in images.values() if boxes], names.values()
+    return [Annotation(where, [name.replace("\\", "/")], partial(placed, where, sides, boxes))
+            for where, name, sides, boxes in images.values() if boxes], names.values()
 
 
 # ---------------------------------------------------------------- Pascal VOC and YOLO
@@ -271,7 +266,7 @@ def read_voc(folder: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable
         if boxes:
             own = str(file.relative_to(folder).with_suffix(""))
             annotations.append(Annotation(str(file), [own, name.replace("\\", "/")],
-                                          partial(placed, file, stated, boxes)))
+                                          partial(placed, file, stated or (0, 0), boxes)))
     return annotations, classes
 
 

@@ -6,9 +6,9 @@ Names are compared in Unicode's form NFC: macOS writes "é" as two characters, o
 import hashlib
 import os
 from array import array
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from support.pictures.annotations import nfc, notes_of
 from support.pictures.decode import DataError
@@ -32,17 +32,13 @@ SPECIAL = "entries are neither files nor folders and are left out"
 CLOSED = "folders cannot be opened and are left out"
 
 
-class Listing(NamedTuple):
-    """What a folder holds: sorted names of folders and of images, and what is left out and why."""
-
-    folders: list[str]
-    images: list[str]
-    left_out: dict[str, list[str]]  # reason: paths
-
-
-def list_folder(folder: str | Path, known: Collection[str] = ()) -> Listing:
-    """known: endings or names of files that serve another purpose."""
-    listing = Listing([], [], {})
+def list_folder(
+    folder: str | Path, left_out: dict[str, list], known: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
+    """The names of the folders and of the images in a folder, sorted. left_out gathers the paths of
+    all else under the reason why. known: endings or names of files that serve another purpose.
+    """
+    folders, images = [], []
     try:
         with os.scandir(folder) as entries:
             entries = sorted(entries, key=lambda entry: (nfc(entry.name), entry.name))
@@ -57,43 +53,35 @@ def list_folder(folder: str | Path, known: Collection[str] = ()) -> Listing:
         except OSError:  # of a link to itself
             is_folder = is_file = False
         if entry.name.startswith("."):
-            reason = HIDDEN
+            left_out[HIDDEN].append(entry.path)
         elif is_folder:
-            listing.folders.append(entry.name)
-            continue
+            folders.append(entry.name)
         elif is_file and ending in SUFFIXES:
-            listing.images.append(entry.name)
-            continue
+            images.append(entry.name)
         elif is_file:
-            reason = UNREADABLE if ending else NO_ENDING
+            left_out[UNREADABLE if ending else NO_ENDING].append(entry.path)
         else:
-            reason = DANGLING if entry.is_symlink() else SPECIAL
-        listing.left_out.setdefault(reason, []).append(entry.path)
-    return listing
+            left_out[DANGLING if entry.is_symlink() else SPECIAL].append(entry.path)
+    return folders, images
 
 
-def list_below(folder: str | Path, above: tuple = ()) -> tuple[list[str], dict[str, list[str]]]:
-    """The paths of all images in a folder, however deep, and what is left out; through links, but
-    not back into a folder above.
+def images_below(
+    folder: str | Path, left_out: dict[str, list], above: tuple = ()
+) -> Iterator[str]:
+    """The paths of all images in a folder, however deep; through links, but not back into a folder
+    above.
     """
     real = os.path.realpath(folder)
     if real in above:
-        return [], {}
+        return
     try:
-        listing = list_folder(folder)
-    except DataError:  # nobody asked for this one
-        return [], {CLOSED: [str(folder)]}
-    paths = [os.path.join(folder, name) for name in listing.images]
-    for name in listing.folders:
-        deeper, left_out = list_below(os.path.join(folder, name), (*above, real))
-        paths += deeper
-        add_left_out(listing.left_out, left_out)
-    return paths, listing.left_out
-
-
-def add_left_out(total: dict[str, list], more: dict[str, list]) -> None:
-    for reason, paths in more.items():
-        total.setdefault(reason, []).extend(paths)
+        folders, images = list_folder(folder, left_out)
+    except DataError:
+        left_out[CLOSED].append(str(folder))
+        return
+    yield from (os.path.join(folder, name) for name in images)
+    for name in folders:
+        yield from images_below(os.path.join(folder, name), left_out, (*above, real))
 
 
 def find_images(places: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -101,12 +89,11 @@ def find_images(places: Sequence[str]) -> tuple[list[Path], list[str]]:
 
     Pictures that evaluate.py wrote are not among those of a folder.
     """
-    paths, left_out = [], {}
+    paths, left_out = [], defaultdict(list)
     for place in places:
         if os.path.isdir(place):
-            below, more = list_below(place)
+            below = images_below(place, left_out)
             paths += sorted(Path(path) for path in below if not is_ours(path))
-            add_left_out(left_out, more)
         else:
             paths.append(Path(place))
     return paths, notes_of(left_out)
@@ -115,58 +102,57 @@ def find_images(places: Sequence[str]) -> tuple[list[Path], list[str]]:
 # ---------------------------------------------------------------- class folders
 
 
-def by_name(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """{a name in NFC: as the folder has it}."""
-    spelt = {nfc(name): name for name in names}
-    if len(spelt) < len(names):
-        twin = next(name for name in names if spelt[nfc(name)] != name)
-        raise DataError(f"{folder / twin}: has its name twice, in two Unicode forms: needs one "
-                        "folder for a class")
-    return spelt
-
-
-def list_classes(folder: Path, known: Collection[str] = ()) -> Listing:
-    """The class folders in a folder; images beside them are left out. A link that leads nowhere is
-    an error unless it was an image's.
+def list_classes(
+    folder: Path, left_out: dict[str, list], known: Collection[str] = ()
+) -> dict[str, str]:
+    """{class: its folder's name}, the class in NFC; images beside the folders are left out. A link
+    that leads nowhere is an error unless it was an image's.
     """
-    listing = list_folder(folder, known)
-    for path in listing.left_out.get(DANGLING, ()):
+    folders, images = list_folder(folder, left_out, known)
+    left_out[STRAY] += [str(folder / name) for name in images]
+    for path in left_out[DANGLING]:
         if os.path.splitext(path)[1].lower() not in SUFFIXES:
             raise DataError(f"{path}: this link leads nowhere, needs to lead to a class's folder")
-    add_left_out(listing.left_out, {STRAY: [str(folder / name) for name in listing.images]})
-    return listing
+    names = {}
+    for name in folders:
+        if names.setdefault(nfc(name), name) != name:
+            raise DataError(f"{folder / name}: is there twice, in two Unicode forms of its name: "
+                            "needs one folder for a class")
+    return names
 
 
 def list_images(
-    folder: Path, classes: Sequence[str], complete: bool, known: Collection[str] = ()
-) -> tuple[list[list[str]], list[str]]:
-    """The paths "<class folder>/<name>" of the images of each class, and notes on what is left out.
-    complete: every class must have some.
+    folder: Path, left_out: dict[str, list], classes: Sequence[str], complete: bool,
+    known: Collection[str] = (),
+) -> list[list[str]]:
+    """The paths "<class folder>/<name>" of the images of each class. complete: every class must
+    have some.
     """
-    class_folders, _, left_out = list_classes(folder, known)
-    spelt, images = by_name(folder, class_folders), []
-    for name in spelt.keys() - set(map(nfc, classes)):
-        raise DataError(f"{folder / spelt[name]}: not one of the {len(classes)} classes that "
+    names, images = list_classes(folder, left_out, known), []
+    for name in names.keys() - set(map(nfc, classes)):
+        raise DataError(f"{folder / names[name]}: not one of the {len(classes)} classes that "
                         "training has")
     for name in classes:
-        name, listing = spelt.get(nfc(name), name), Listing([], [], {})
-        if complete or name in class_folders:
-            listing = list_one_level(folder / name)
-        if complete and not listing.images:
-            notes = "; ".join(notes_of(listing.left_out))
-            raise DataError(f"{folder / name}: no images in this class's folder"
-                            + f": {notes}" * bool(notes))
-        images.append([f"{name}/{image}" for image in listing.images])
-        add_left_out(left_out, listing.left_out)
-    return images, notes_of(left_out)
+        name, own_images, own_left_out = names.get(nfc(name), name), [], defaultdict(list)
+        if complete or name in names.values():
+            own_images = list_one_level(folder / name, own_left_out)
+        if complete and not own_images:
+            raise DataError(": ".join([f"{folder / name}: no images in this class's folder",
+                                       *notes_of(own_left_out)]))
+        images.append([f"{name}/{image}" for image in own_images])
+        for reason, paths in own_left_out.items():
+            left_out[reason] += paths
+    return images
 
 
-def list_one_level(folder: Path, known: Collection[str] = ()) -> Listing:
-    """A folder whose deeper images are left out."""
-    listing = list_folder(folder, known)
-    deeper = [path for name in listing.folders for path in list_below(folder / name)[0]]
-    add_left_out(listing.left_out, {DEEPER: deeper})
-    return listing
+def list_one_level(
+    folder: Path, left_out: dict[str, list], known: Collection[str] = ()
+) -> list[str]:
+    """The names of the images in a folder; those that lie deeper are left out."""
+    folders, images = list_folder(folder, left_out, known)
+    for name in folders:
+        left_out[DEEPER] += images_below(folder / name, defaultdict(list))
+    return images
 
 
 def flatten(images: Sequence[list[str]]) -> tuple[list[str], array]:
@@ -178,109 +164,85 @@ def flatten(images: Sequence[list[str]]) -> tuple[list[str], array]:
 # ---------------------------------------------------------------- a folder of one's own
 
 
-def layout(root: Path) -> str:
-    return (f"needs {root / 'train'}/<class>/<image> and test/<class>/<image>, or <class>/<image> "
-            "alone, to be split 80 / 10 / 10")
-
-
-def is_class(folder: Path) -> bool:
-    """Whether a folder holds images and no folders."""
-    listing = list_folder(folder)
-    return bool(listing.images) and not listing.folders
-
-
 def splits_of(root: Path) -> list[str]:
     """Which of train/, val/ and test/ a folder has; none where it is to be split by name.
 
     Beside other classes' folders, one that holds images itself is a class of that name.
     """
+    def is_class(name: str) -> bool:
+        folders, images = list_folder(root / name, defaultdict(list))
+        return bool(images) and not folders
+
     for split in SPLITS:
         if (root / split).is_symlink() and not os.path.isdir(root / split):
             raise DataError(f"{root / split}: this link leads nowhere, needs to lead to a folder")
     splits = [split for split in SPLITS if os.path.isdir(root / split)]
-    others = set(list_folder(root).folders) - set(SPLITS) if splits else ()
-    if any(is_class(root / name) for name in others) and all(
-            is_class(root / split) for split in splits):
-        return []
+    if splits and all(map(is_class, splits)):
+        folders, _ = list_folder(root, defaultdict(list))
+        return [] if any(map(is_class, set(folders) - set(splits))) else splits
     return splits
-
-
-def no_classes(root: Path) -> set[str]:
-    """What may lie beside plain class folders: boxes.csv, and train.py's runs."""
-    runs = os.path.isdir(root / "runs") and not list_folder(root / "runs").images
-    return {"boxes.csv", "runs"} if runs else {"boxes.csv"}
-
-
-def class_names(root: Path, classes: Sequence[str] | None) -> list[str]:
-    """The classes of a folder: those given, else the names of train's folders, or of its own."""
-    if classes:
-        return list(classes)
-    splits = splits_of(root)
-    if splits and "train" not in splits:
-        raise DataError(f"{root / 'train'}: no such folder, only {', '.join(splits)}: "
-                        + layout(root))
-    folder, known = (root / "train", ()) if splits else (root, no_classes(root))
-    names = list_classes(folder, known).folders
-    if not names:
-        raise DataError(f"{folder}: no class folders: {layout(root)}")
-    return list(map(nfc, names))
 
 
 def list_split(
     root: Path, split: str, classes: Sequence[str] | None
 ) -> tuple[list[str], Path, list[list[str]], list[str]]:
     """Of a folder's split: the classes, the folder that holds theirs, each one's images, notes."""
-    splits, names = splits_of(root), class_names(root, classes)
-    if not splits:
-        images, notes = list_unsplit(root, names, not classes)
-        parts = split_by_name(images)
-        if not any(parts[split]):
-            raise DataError(f"{root}: no images for split {split!r}: its {len(names)} classes have "
-                            f"{sum(map(len, images))}, of which train takes at least one each: "
-                            "needs more")
-        sizes = (f"{sum(map(len, listed))} {part}" for part, listed in parts.items())
-        notes.insert(0, f"{root} has no train/ and test/: the images of its {len(names)} classes "
-                     "are split 80 / 10 / 10 by a hash of their names, into " + ", ".join(sizes))
-        return names, root, parts[split], notes
-    if split not in splits:
-        raise DataError(f"{root / split}: no such folder, only {', '.join(splits)}: "
-                        + layout(root))
-    images, notes = list_images(root / split, names, split == "train")
-    there = list_folder(root)
-    beside = [str(root / name) for name in there.images]
-    for name in there.folders:
-        beside += list_below(root / name)[0] if name not in SPLITS else []
-    return names, root / split, images, notes + notes_of({BESIDE: beside})
+    layout = (f"needs {root / 'train'}/<class>/<image> and test/<class>/<image>, or "
+              "<class>/<image> alone, to be split 80 / 10 / 10")
+    splits, left_out, complete = splits_of(root), defaultdict(list), not classes
+    for needed in (split,) if classes else ("train", split):
+        if splits and needed not in splits:
+            raise DataError(f"{root / needed}: no such folder, only {', '.join(splits)}: {layout}")
 
+    # beside plain class folders may lie boxes.csv and the runs of train.py
+    folder, known = root / "train" if splits else root, {"boxes.csv"}
+    if not splits and os.path.isdir(root / "runs"):
+        known |= set() if list_folder(root / "runs", defaultdict(list))[1] else {"runs"}
+    names = list_classes(folder, defaultdict(list), known) if not classes else list(classes)
+    if not names:
+        raise DataError(f"{folder}: no class folders: {layout}")
+    classes = list(names)
 
-def list_unsplit(
-    root: Path, classes: Sequence[str], complete: bool
-) -> tuple[list[list[str]], list[str]]:
-    """The images of each class of a folder without splits, and notes."""
-    if not any(list_folder(root / name).images for name in list_classes(root).folders):
-        raise DataError(f"{root}: no images in its folders: {layout(root)}")
-    return list_images(root, classes, complete, no_classes(root))
+    if splits:
+        images = list_images(root / split, left_out, classes, split == "train")
+        folders, beside = list_folder(root, defaultdict(list))
+        left_out[BESIDE] += [str(root / name) for name in beside]
+        for name in folders:
+            if name not in SPLITS:
+                left_out[BESIDE] += images_below(root / name, defaultdict(list))
+        return classes, root / split, images, notes_of(left_out)
+
+    folders, _ = list_folder(root, defaultdict(list))
+    if not any(list_folder(root / name, defaultdict(list))[1] for name in folders):
+        raise DataError(f"{root}: no images in its folders: {layout}")
+    images = list_images(root, left_out, classes, complete, known)
+    parts = split_by_name(images)
+    if not any(parts[split]):
+        raise DataError(f"{root}: no images for split {split!r}: its {len(classes)} classes have "
+                        f"{sum(map(len, images))}, of which train takes at least one each: needs "
+                        "more")
+    sizes = ", ".join(f"{sum(map(len, listed))} {part}" for part, listed in parts.items())
+    note = (f"{root} has no train/ and test/: the images of its {len(classes)} classes are split "
+            f"80 / 10 / 10 by a hash of their names, into {sizes}")
+    return classes, root, parts[split], [note, *notes_of(left_out)]
 
 
 def has_val(root: Path) -> bool:
     """Whether a folder has images to validate on."""
     try:
         splits = splits_of(root)
-        if splits or not root.is_dir():
-            return "val" in splits
-        images, _ = list_unsplit(root, class_names(root, None), True)
-        return any(split_by_name(images)["val"])
+        return "val" in splits if splits else bool(list_split(root, "val", None))
     except DataError:  # which load_dataset will raise
         return False
 
 
 def image_names(root: Path) -> set[str]:
     """The paths below root, in NFC, of the images of all its splits."""
-    names = set()
+    names, left_out = set(), defaultdict(list)
     for split in splits_of(root) or [""]:
-        for name in list_folder(root / split).folders:
-            names |= {nfc(os.path.join(split, name, image))
-                      for image in list_folder(root / split / name).images}
+        for name in list_folder(root / split, left_out)[0]:
+            _, images = list_folder(root / split / name, left_out)
+            names |= {nfc(os.path.join(split, name, image)) for image in images}
     return names
 
 

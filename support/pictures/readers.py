@@ -3,12 +3,13 @@
 import os
 import unicodedata
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from support.pictures.annotations import (nfc, notes_of, of_class, parse_box, read_boxes,
-                                          read_synsets, read_table)
+                                          read_table)
 from support.pictures.decode import DataError
 from support.pictures.folders import (flatten, image_names, list_classes, list_images,
                                       list_one_level, list_split)
@@ -110,26 +111,30 @@ def read_ilsvrc(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder: needs {images / 'train'}/<wnid>/*.JPEG and "
                         "val/*.JPEG beside it")
-    wnids, names = ilsvrc_classes(root, images, classes)
+    (wnids, names), left_out = ilsvrc_classes(root, images, classes), defaultdict(list)
     if split == "train":
-        images, notes = list_images(folder, wnids, complete=True)
-        paths, labels = flatten(images)
+        paths, labels = flatten(list_images(folder, left_out, wnids, complete=True))
         kept = spread(len(paths), limit)
         labels = array("i", (labels[i] for i in kept))
-        return Samples(names, folder, [paths[i] for i in kept], labels, [()] * len(kept), notes)
+        return Samples(names, folder, [paths[i] for i in kept], labels, [()] * len(kept),
+                       notes_of(left_out))
 
     # the images of val, their class if they lie in class folders, and their annotations
-    paths, class_of, notes = list_val(folder, wnids)
+    paths, class_of = list_one_level(folder, left_out, {".xml"}), {}
+    if not paths:
+        left_out.clear()
+        paths, labels = flatten(list_images(folder, left_out, wnids, False, {".xml"}))
+        class_of = {i: wnids[label] for i, label in enumerate(labels)}
     annotations = first(root / "ILSVRC/Annotations/CLS-LOC/val", root / "Annotations/CLS-LOC/val",
                         root / "Annotations/val") or folder
-    files, more = find_annotations(annotations, folder, paths)
+    files = find_annotations(annotations, folder, paths, left_out)
     if paths and not class_of and not any(files):
         raise DataError(f"{annotations}: no XML annotations, needs them for the labels of {folder}")
 
     # a flat val's image without an annotation has no label
-    bare = [folder / path for path, file in zip(paths, files) if not file and not class_of]
-    notes += more + notes_of({"images have no annotation and are left out": bare})
     kept = [i for i, file in enumerate(files) if file or class_of]
+    left_out["images have no annotation and are left out"] = [
+        folder / path for path, file in zip(paths, files) if not file and not class_of]
     kept = [kept[i] for i in spread(len(kept), limit)]
 
     label_of, labels = {wnid: label for label, wnid in enumerate(wnids)}, array("i")
@@ -144,23 +149,14 @@ def read_ilsvrc(
         labels.append(label_of[wnid])
         boxes.append(rows)
         sources.append((files[i], stated))
-    return Samples(names, folder, [paths[i] for i in kept], labels, boxes, notes, sources)
-
-
-def list_val(folder: Path, wnids: Sequence[str]) -> tuple[list[str], dict[int, str], list[str]]:
-    """Of ILSVRC's val: paths, {image's index: wnid} where they lie in class folders, notes."""
-    listing = list_one_level(folder, {".xml"})
-    if listing.images:
-        return listing.images, {}, notes_of(listing.left_out)
-    images, notes = list_images(folder, wnids, complete=False, known={".xml"})
-    paths, labels = flatten(images)
-    return paths, {i: wnids[label] for i, label in enumerate(labels)}, notes
+    return Samples(names, folder, [paths[i] for i in kept], labels, boxes, notes_of(left_out),
+                   sources)
 
 
 def find_annotations(
-    place: Path, folder: Path, paths: Sequence[str]
-) -> tuple[list[Path | None], list[str]]:
-    """The XML file of each image in `folder`, by its name, None where it has none; notes."""
+    place: Path, folder: Path, paths: Sequence[str], left_out: dict[str, list]
+) -> list[Path | None]:
+    """The XML file below `place` of each image in `folder`, by its name; None where it has none."""
     images, files = {}, {}
     for path in paths:
         twin = images.setdefault(nfc(Path(path).stem), path)
@@ -171,9 +167,9 @@ def find_annotations(
         twin = files.setdefault(nfc(file.stem), file)
         if twin != file and nfc(file.stem) in images:
             raise DataError(f"{file}: is of the same image as {twin}, needs one of them")
-    astray = [files[stem] for stem in sorted(files.keys() - images.keys())]
-    return [files.get(stem) for stem in images], notes_of(
-        {"annotations have no image and are ignored": astray})
+    left_out["annotations have no image and are ignored"] = [
+        files[stem] for stem in sorted(files.keys() - images.keys())]
+    return [files.get(stem) for stem in images]
 
 
 def ilsvrc_classes(
@@ -182,12 +178,13 @@ def ilsvrc_classes(
     """The wnids in the order of their labels, and the names of their classes."""
     name = "LOC_synset_mapping.txt"
     mapping = first(root / name, root.resolve().parent / name)
-    words = read_synsets(mapping) if mapping else {}
+    table = read_table(mapping, "'<wnid> <words>'", str, str) if mapping else {}
+    words = {wnid: text for wnid, (_, text) in table.items()}
     if given and (not mapping or words.keys() >= set(given)):
         return list(given), list(given)
     if mapping:
         return list(words), list(words.values())
-    wnids = list_classes(images / "train").folders
+    wnids = list(list_classes(images / "train", defaultdict(list)))
     return wnids, wnids
 
 
