@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from support.common import last_line, pair, printable
 from support.pictures.views import MEAN, STD
 
-# what content of another kind raises
+# what a file raises whose content is of another kind
 LOAD_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 # ---------------------------------------------------------------- reading files
@@ -59,15 +60,15 @@ def read_weights(path: str) -> dict:
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception as error:  # a damaged file fails in many ways inside torch
-        alien = re.search(r"GLOBAL (\S+)", str(error))
+        refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = error if path.endswith(".safetensors") else type(error).__name__
-        if alien:
-            reason = f"it holds {alien[1]}, which is no tensor or plain type"
+        if refused:
+            reason = f"it holds {refused[1]}, which is no tensor or plain type"
         raise ValueError(f"{path}: not a file of weights that can be read without running code "
                          f"({reason})") from None
     if not isinstance(content, dict):
-        found = type(content).__name__
-        raise ValueError(f"{path}: found a {found}, need a state dict or a checkpoint")
+        raise ValueError(f"{path}: found a {type(content).__name__}, need a state dict or a "
+                         "checkpoint")
     return content
 
 
@@ -110,8 +111,8 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
 # ---------------------------------------------------------------- names and conventions
 
 HEADS = ("cdm.", "head.", "classifier.")
-NEVER_RUN = ("mask_token", "decoder_", "decoder.")  # parts that serve pretraining alone
-IGNORED = (*HEADS, *NEVER_RUN, "head_dist.", "dist_token", "pre_logits.")  # in a backbone's file
+PRETRAINING = ("mask_token", "decoder_", "decoder.")  # parts that serve pretraining alone
+IGNORED = (*HEADS, *PRETRAINING, "head_dist.", "dist_token", "pre_logits.")  # in a backbone's file
 LINEARS = ("patch_embed.proj", ".attn.qkv", ".attn.proj", ".mlp.fc1", ".mlp.fc2")
 AUTHORS_NAMES = {  # prefixes in the authors' LCTR -> ours
     "conv3x3.": "cdm.conv.",
@@ -123,7 +124,7 @@ LAYER_SCALES = {  # x + gamma * (W x + b), under DINOv2's and timm's names, BEiT
     ".ls1.gamma": ".attn.proj", ".gamma_1": ".attn.proj",
     ".ls2.gamma": ".mlp.fc2", ".gamma_2": ".mlp.fc2",
 }
-SAYINGS = {  # what a file may say beside its weights: how many numbers, above what, of which kind
+STATEMENTS = {  # what a file may state beside its weights: how many numbers, above what, their type
     "num_heads": (1, 0, int), "grid": (2, 0, int),
     "mean": (3, -math.inf, float), "std": (3, 0, float),
 }
@@ -133,80 +134,88 @@ def shown(value: object) -> str:
     return printable(repr(value))[:60]
 
 
-def fault(value: object) -> str | None:
-    """What is wrong with an entry of a state dict; None for a tensor of finite numbers."""
+def defect(value: object) -> str:
+    """What is wrong with an entry of a state dict; nothing with a tensor of finite numbers."""
     if not isinstance(value, Tensor) or value.dtype not in FLOATS:
         return str(value.dtype) if isinstance(value, Tensor) else f"a {type(value).__name__}"
     with contextlib.suppress(*LOAD_ERRORS):  # sparse and meta tensors
         if value.float().isfinite().all():
-            return None
+            return ""
     return "NaN, infinity or no numbers"
 
 
-def own_names(content: dict, source: str) -> dict[str, Tensor]:
+def find_state(content: dict, source: str) -> dict[str, Tensor]:
     """The state dict in a file's content, in float32 under this project's names.
 
     Raises ValueError for an entry that is not a tensor of finite numbers. Integers are refused
     too: they may be quantised weights.
     """
-    state, own = content.get("model", content.get("state_dict", content)), {}
-    if not isinstance(state, dict):
-        raise ValueError(f"{source}: found a {type(state).__name__}, need a state dict")
-    for key, value in state.items():
-        found = fault(value) if isinstance(key, str) else f"a {type(key).__name__} as its name"
-        if found:
-            need = "a tensor of finite floating-point numbers"
-            raise ValueError(f"{source}: {printable(key)[:100]}: found {found}, need {need}")
+    entries, state = content.get("model", content.get("state_dict", content)), {}
+    if not isinstance(entries, dict):
+        raise ValueError(f"{source}: found a {type(entries).__name__}, need a state dict")
+    for key, value in entries.items():
+        wrong = defect(value) if isinstance(key, str) else f"a {type(key).__name__} as its name"
+        if wrong:
+            raise ValueError(f"{source}: {printable(key)[:100]}: found {wrong}, need a tensor of "
+                             "finite floating-point numbers")
         key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)  # DataParallel, torch.compile
         prefix = next((prefix for prefix in AUTHORS_NAMES if key.startswith(prefix)), "")
         key = AUTHORS_NAMES.get(prefix, "") + key.removeprefix(prefix)
-        if key in own:
+        if key in state:
             raise ValueError(f"{source}: {key}: found twice")
-        own[key] = value.float()
-    return own
+        state[key] = value.float()
+    return state
 
 
-def said(content: dict, source: str) -> dict:
-    """What a file says of its network besides weights, where it does: see SAYINGS.
+def find_statements(content: dict, source: str) -> dict:
+    """What a file states of its network besides weights, where it does: see STATEMENTS.
 
     grid: (h', w') of its positions. mean, std: what its pictures, in 0 to 1, were normalised by.
     """
-    config, found = content.get("config"), {}
-    says = content if isinstance(content.get("model", content.get("state_dict")), dict) else {}
+    config, about = content.get("config"), {}
+    wrapped = isinstance(content.get("model", content.get("state_dict")), dict)
+    stated = dict(content) if wrapped else {}
     if isinstance(config, dict):  # train.py's
-        says = {**says, **{name: config[name] for name in ("num_heads",) if name in config}}
+        stated |= {name: config[name] for name in ("num_heads",) if name in config}
         with contextlib.suppress(*LOAD_ERRORS):
             h, w = (side // config["patch_size"] for side in pair(config["img_size"]))
-            found["grid"] = (h, w)
-    for name, (count, low, kind) in SAYINGS.items():
-        if name in says:
-            values = [says[name]] if count == 1 else says[name]
-            fits = isinstance(values, (list, tuple)) and len(values) == count and all(
-                type(value) in (int, kind) and low < value < math.inf for value in values)
+            about["grid"] = (h, w)
+    for name, (count, low, kind) in STATEMENTS.items():
+        if name in stated:
+            numbers = [stated[name]] if count == 1 else stated[name]
+            fits = isinstance(numbers, (list, tuple)) and len(numbers) == count and all(
+                type(number) in (int, kind) and low < number < math.inf for number in numbers)
             if not fits:
                 need = f"{count} {'whole ' * (kind is int)}number{'s' * (count > 1)} above {low}"
-                raise ValueError(f"{source}: {name}: found {shown(says[name])}, need {need}")
-            found[name] = says[name] if count == 1 else tuple(values)
-    if ("mean" in found) != ("std" in found):
+                raise ValueError(f"{source}: {name}: found {shown(stated[name])}, need {need}")
+            about[name] = stated[name] if count == 1 else tuple(numbers)
+    if ("mean" in about) != ("std" in about):
         raise ValueError(f"{source}: found one of mean and std, need both")
-    return found
+    return about
 
 
 def convert(state: dict[str, Tensor], about: dict) -> list[str]:
-    """Other conventions to ours, exactly and in place; returns the names of what it changed.
+    """Other conventions to this project's, exactly and in place; returns the names of what changed.
 
-    What does not have its convention's shapes stays as it is, and then fits no model.
+    about: what the file states. What does not have its convention's shapes is left alone, and then
+    fits no model.
     """
     before = dict(state)
+
+    # BEiT's biases: the keys have none
     for attn in [key.removesuffix("q_bias") for key in state if key.endswith(".attn.q_bias")]:
         q, v = state[f"{attn}q_bias"], state.get(f"{attn}v_bias")
         if v is not None and q.ndim == v.ndim == 1 and f"{attn}qkv.bias" not in state:
-            del state[f"{attn}q_bias"], state[f"{attn}v_bias"]  # BEiT's: k has none
+            del state[f"{attn}q_bias"], state[f"{attn}v_bias"]
             state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+
+    # a linear layer without a bias has one of zeros
     for key in before:
         name, _, kind = key.rpartition(".")
         if kind == "weight" and name.endswith(LINEARS) and f"{name}.bias" not in state:
-            state[f"{name}.bias"] = torch.zeros(state[key].shape[:1])  # no bias is a zero one
+            state[f"{name}.bias"] = torch.zeros(state[key].shape[:1])
+
+    # LayerScale is folded into the layer before it
     for key in before:
         suffix = next((suffix for suffix in LAYER_SCALES if key.endswith(suffix)), "")
         linear = key.removesuffix(suffix) + LAYER_SCALES.get(suffix, "")
@@ -215,12 +224,15 @@ def convert(state: dict[str, Tensor], about: dict) -> list[str]:
             gamma = state.pop(key)  # (D)
             state[f"{linear}.weight"] = gamma[:, None] * weight
             state[f"{linear}.bias"] = gamma * bias
+
+    # the position of a distillation token, which follows the class token's, is dropped
     positions, patches = state.get("pos_embed"), state.get("patch_embed.proj.weight")
     if "dist_token" in state and positions is not None and positions.ndim == 3:
-        cls, _, rest = positions.tensor_split((1, 2), 1)  # the token's follows the class token's
+        cls, _, rest = positions.tensor_split((1, 2), 1)
         state["pos_embed"] = torch.cat([cls, rest], 1)  # (1, 1 + h'*w', D)
+
+    # another normalisation of pictures: W (p - m) / s + b for pixels p = M + S x, x our input
     if "mean" in about and patches is not None and patches.shape[1:2] == (3,):
-        # W (p - m) / s + b for pixels p = M + S x, where x is this project's input
         mean, std = (torch.tensor(about[name]).view(3, 1, 1) for name in ("mean", "std"))
         state["patch_embed.proj.weight"] = patches * (STD / 255 / std)
         state["patch_embed.proj.bias"] = (
@@ -229,18 +241,12 @@ def convert(state: dict[str, Tensor], about: dict) -> list[str]:
 
 
 def read_state(content: dict, source: str) -> tuple[dict[str, Tensor], list[str], dict]:
-    """A file's state dict in this project's conventions, what that changed, what the file says."""
-    state, about = own_names(content, source), said(content, source)
+    """A file's state dict in this project's conventions, what that changed, what the file states."""
+    state, about = find_state(content, source), find_statements(content, source)
     return state, convert(state, about), about
 
 
 # ---------------------------------------------------------------- sizes
-
-
-def square(n: int) -> tuple[int, int] | None:
-    """(side, side) of a grid of n positions, None where it is not square."""
-    side = math.isqrt(max(n, 0))
-    return (side, side) if side > 0 and side * side == n else None
 
 
 def find_grid(
@@ -248,14 +254,14 @@ def find_grid(
 ) -> tuple[tuple, bool]:
     """The grid of a pos_embed of so many entries, and whether one more is the class token's.
 
-    grid: what the file says; else a square one; else `target`, the model's. DeiT III has no entry
+    grid: what the file states; else a square one; else `target`, the model's. DeiT III has no entry
     for the class token.
     """
-    choices = [(square(entries - 1), True), (target, True), (square(entries), False),
-               (target, False)]
-    for found, with_cls in [(grid, True), (grid, False)] if grid else choices:
-        if found and math.prod(found) + with_cls == entries > 1:
-            return found, with_cls
+    for with_cls in (True, False):
+        side = math.isqrt(max(entries - with_cls, 0))
+        for choice in [grid] if grid else [(side, side), target]:
+            if choice and math.prod(choice) + with_cls == entries > 1:
+                return choice, with_cls
     need = f"{grid[0]} x {grid[1]}" if grid else "a square"
     raise ValueError(f"{source}: pos_embed: found {entries} positions, need {need}, with or "
                      "without one for the class token")
@@ -283,12 +289,12 @@ def resize_patches(weight: Tensor, size: int) -> Tensor:
 
 
 def sizes(state: dict[str, Tensor], source: str) -> dict:
-    """What the shapes of a ViT's parameters tell of its sizes."""
+    """The flags of a ViT that the shapes of its parameters give."""
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     match {key: tuple(value.shape) for key, value in state.items()}:
         case {"patch_embed.proj.weight": (D, _, _, P), "pos_embed": (_, _, _)} if D and P:
             return {"patch_size": P, "embed_dim": D, "depth": depth}
-    raise ValueError(f"{source}: no ViT: has {shortly(state)}, needs patch_embed.proj.weight "
+    raise ValueError(f"{source}: no ViT: has {summary(state)}, needs patch_embed.proj.weight "
                      "(D, 3, P, P) and pos_embed (1, N+1, D)")
 
 
@@ -296,31 +302,31 @@ def resize(
     state: dict[str, Tensor], patches: tuple, grid: tuple | None, target: tuple, source: str
 ) -> list[str]:
     """Positions and patches to a model's grid, `target`, and to its patches (D, 3, P, P), in place;
-    returns the names of what it changed. grid: what the file says. Other shapes stay.
+    returns the names of what changed. grid: what the file states. Other shapes are left alone.
     """
     before, (D, _, _, P) = dict(state), patches
     positions, weight = before.get("pos_embed"), before.get("patch_embed.proj.weight")
     if positions is not None and positions.ndim == 3 and positions.shape[::2] == (1, D):
-        found, with_cls = find_grid(positions.shape[1], grid, target, source)
-        state["pos_embed"] = resize_pos_embed(positions, found, target, with_cls)
+        stored, with_cls = find_grid(positions.shape[1], grid, target, source)
+        state["pos_embed"] = resize_pos_embed(positions, stored, target, with_cls)
     if weight is not None and weight.numel() and weight.shape == (D, 3, *weight.shape[-1:] * 2):
         state["patch_embed.proj.weight"] = resize_patches(weight, P)
     return [key for key, value in state.items() if value is not before[key]]
 
 
 def architecture(state: dict[str, Tensor], about: dict, source: str) -> dict:
-    """The flags of a ViT; 64-wide heads and a square grid where the file does not say."""
-    found = sizes(state, source)
-    entries, D = state["pos_embed"].shape[1], found["embed_dim"]
-    grid, _ = find_grid(entries, about.get("grid"), None, source)
+    """The flags of a ViT; 64-wide heads and a square grid where the file states nothing else."""
+    flags = sizes(state, source)
+    D = flags["embed_dim"]
+    grid, _ = find_grid(state["pos_embed"].shape[1], about.get("grid"), None, source)
     S = about.get("num_heads", max(1, D // 64))
     if D % S:
         raise ValueError(f"{source}: num_heads: found {S}, need a divisor of the width {D}")
-    return found | {"num_heads": S, "img_size": [found["patch_size"] * side for side in grid]}
+    return flags | {"num_heads": S, "img_size": [flags["patch_size"] * side for side in grid]}
 
 
 def head_sizes(state: dict[str, Tensor], source: str) -> tuple[int, dict]:
-    """The number of classes and what the shapes of a head's parameters tell of its flags."""
+    """The number of classes, and the flags of a head that the shapes of its parameters give."""
     match {key: tuple(value.shape) for key, value in state.items()}:
         case {"cdm.weight": (G, C, _, k, _)} if C:
             layers = ["cdm.score_avg.weight" in state, "cdm.score_max.weight" in state]
@@ -330,7 +336,7 @@ def head_sizes(state: dict[str, Tensor], source: str) -> tuple[int, dict]:
             return C, {"head": "conv", "kernel_size": k}
         case {"classifier.weight": (C, _)} if C:
             return C, {"head": "token"}
-    raise ValueError(f"{source}: no head that gives class scores: has {shortly(state)}, needs "
+    raise ValueError(f"{source}: no head that gives class scores: has {summary(state)}, needs "
                      "cdm.weight (G, C, D, k, k), head.weight (C, D, k, k) or (C, D)")
 
 
@@ -353,43 +359,47 @@ class LoadReport(NamedTuple):
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
-def shortly(names) -> str:
+def summary(names: Iterable[str]) -> str:
     names = [printable(name)[:100] for name in names]
     return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3) or "nothing"
 
 
-def check_fit(state: dict[str, Tensor], own: dict[str, Tensor], source: str) -> None:
-    """Raises ValueError unless a file's state dict has a model's names and shapes, and no others.
-
-    Any other parameter would change what the network computes.
+def check_fit(state: dict[str, Tensor], needed: dict[str, Tensor], source: str) -> None:
+    """Raises ValueError unless a file's state dict has the names and shapes of the `needed` one, a
+    model's, and no others: any other parameter would change what the network computes.
     """
-    for key in own:
-        if key in state and state[key].shape != own[key].shape:
-            found, need = tuple(state[key].shape), tuple(own[key].shape)
-            raise ValueError(f"{source}: {key}: found shape {found}, need {need}")
-    missing = [key for key in own if key not in state]
-    unknown = [key for key in state if key not in own]
-    parts = [f"lacks {shortly(missing)}"] * bool(missing)
-    parts += [f"has {shortly(unknown)}, which this model does not compute"] * bool(unknown)
-    if parts:
-        raise ValueError(f"{source}: another network than this model: {'; '.join(parts)}")
+    for key in needed:
+        if key in state and state[key].shape != needed[key].shape:
+            shapes = tuple(state[key].shape), tuple(needed[key].shape)
+            raise ValueError(f"{source}: {key}: found shape {shapes[0]}, need {shapes[1]}")
+    missing = [key for key in needed if key not in state]
+    unknown = [key for key in state if key not in needed]
+    differences = [f"lacks {summary(missing)}"] * bool(missing)
+    differences += [f"has {summary(unknown)}, which this model does not compute"] * bool(unknown)
+    if differences:
+        raise ValueError(f"{source}: another network than this model: {'; '.join(differences)}")
 
 
 def fit_backbone(
-    content: dict, own: dict[str, Tensor], grid: tuple[int, int], num_heads: int, source: str,
+    content: dict, model: dict[str, Tensor], grid: tuple[int, int], num_heads: int, source: str,
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The entries of a model's state dict `own` that a file's content gives, and the report."""
+    """The entries of the state dict `model` that a file's content gives, and the report."""
     state, converted, about = read_state(content, source)
     if about.get("num_heads", num_heads) != num_heads:
         raise ValueError(f"{source}: num_heads: found {about['num_heads']}, need {num_heads}")
-    backbone = {key: value for key, value in own.items() if not key.startswith(HEADS)}
+
+    # the file's backbone, in the model's sizes
+    backbone = {key: value for key, value in model.items() if not key.startswith(HEADS)}
     ignored = [key for key in state if key not in backbone and key.startswith(IGNORED)]
     update = {key: value for key, value in state.items() if key not in ignored}
-    resized = resize(update, own["patch_embed.proj.weight"].shape, about.get("grid"), grid, source)
+    patches = model["patch_embed.proj.weight"].shape
+    resized = resize(update, patches, about.get("grid"), grid, source)
     check_fit(update, backbone, source)
+
+    # what became of each parameter, and what the file cannot tell
     converted = [key for key in backbone if key in converted and key not in resized]
     loaded = [key for key in backbone if key not in resized and key not in converted]
-    new = [key for key in own if key not in backbone]
+    new = [key for key in model if key not in backbone]
     heads = f"{num_heads} attention heads, " * ("num_heads" not in about)
     inputs = ", pictures normalised by ImageNet's mean and std" * ("mean" not in about)
     notes = [f"assumed, since the file does not tell: {heads}exact GELU, norms before each branch, "
@@ -415,7 +425,7 @@ def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
         raise ValueError(f"{path}: no {', '.join(missing)} in it: need a checkpoint of train.py")
     if checkpoint["phase"] != "main":
         raise ValueError(f"{path}: still in its pretraining phase: let train.py --resume finish it")
-    state, config = own_names(checkpoint, path), checkpoint["config"]
+    state, config = find_state(checkpoint, path), checkpoint["config"]
     missing = [flag for flag in flags if not isinstance(config, dict) or flag not in config]
     if missing:
         raise ValueError(f"{path}: config: lacks {', '.join(missing)}: need train.py's")
@@ -425,26 +435,28 @@ def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
 
 def check_config(config: dict, classes: list, state: dict[str, Tensor], path: str) -> None:
     """Raises ValueError where a config has other sizes than its weights, before it is built."""
-    need, (C, head) = sizes(state, path), head_sizes(state, path)
+    flags, (C, head) = sizes(state, path), head_sizes(state, path)
     if config["scorer"] == "shared" and head.get("scorer") == "gap":  # of the same shapes
         head["scorer"] = "shared"
-    for name, value in (need | head).items():
+    for name, value in (flags | head).items():
         if type(config[name]) is not type(value) or config[name] != value:
-            found = shown(config[name])
-            raise ValueError(f"{path}: {name}: found {found}, its weights have {value}")
-    D, P, N = need["embed_dim"], need["patch_size"], state["pos_embed"].shape[1] - 1
+            raise ValueError(f"{path}: {name}: found {shown(config[name])}, its weights have "
+                             f"{value}")
+
+    # what shapes do not give: the sides of an image, the number of heads, a rate, names
+    D, P, N = flags["embed_dim"], flags["patch_size"], state["pos_embed"].shape[1] - 1
     size, S, rate = config["img_size"], config["num_heads"], config["drop_path"]
     sides = size if isinstance(size, (list, tuple)) else [size, size]
     whole = len(sides) == 2 and all(type(side) is int and side > 0 == side % P for side in sides)
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    for name, found, fits, needed in (
+    for name, value, fits, need in (
         ("img_size", size, whole and math.prod(sides) == N * P * P, f"{N} patches of {P} x {P}"),
         ("num_heads", S, type(S) is int and S > 0 == D % S, f"a divisor of {D}"),
         ("drop_path", rate, type(rate) in (int, float) and 0 <= rate < 1, "a number in [0, 1)"),
         ("classes", classes, named and len(classes) == C, f"{C} names"),
     ):
         if not fits:
-            raise ValueError(f"{path}: {name}: found {shown(found)}, need {needed}")
+            raise ValueError(f"{path}: {name}: found {shown(value)}, need {need}")
 
 
 def assemble(build, checkpoint: dict, flags: tuple[str, ...], path: str) -> nn.Module:
@@ -456,7 +468,7 @@ def assemble(build, checkpoint: dict, flags: tuple[str, ...], path: str) -> nn.M
     try:
         with torch.device("meta"):
             model = build(len(checkpoint["classes"]), **{flag: config[flag] for flag in flags})
-    except ValueError as error:  # of flags that no shape tells
+    except ValueError as error:  # of flags that no shape gives
         raise ValueError(f"{path}: {last_line(error)}") from None
     check_fit(state, model.state_dict(), path)
     model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
@@ -474,7 +486,7 @@ def external(content: dict, path: str) -> dict:
     C, head = head_sizes(state, path)
     config |= {"drop_path": 0.0, "num_kernels": 4, "kernel_size": 3, "scorer": "separate",
                "erase": "raw", "pool": "padded" if head["head"] == "cdm" else "gap"} | head
-    model = {key: value for key, value in state.items() if not key.startswith(NEVER_RUN)}
+    model = {key: value for key, value in state.items() if not key.startswith(PRETRAINING)}
     return {"model": model, "config": config, "classes": [f"class {i}" for i in range(C)],
             "phase": "external", "metrics": {}}
 
