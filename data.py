@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
@@ -42,7 +44,8 @@ from torch.utils.data import DataLoader, Dataset
 from support.pictures.annotations import nfc, place_all
 from support.pictures.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
                            draw_birds)
-from support.common import Parser, pair, progress, write_text
+from support.common import (Parser, free_memory, last_line, local_processes, pair, progress,
+                            write_text)
 from support.pictures.convert import READERS as CONVERTERS
 from support.pictures.convert import convert
 from support.report.figures import class_name, fit_text, is_ours, put, write_png
@@ -50,7 +53,10 @@ from support.pictures.folders import has_val
 from support.pictures.decode import DataError, open_image  # noqa: F401
 from support.pictures.readers import read_cub, read_folder, read_ilsvrc, spread
 from support.pictures.views import (as_tensor, check_images, clip_boxes, fixed_view,  # noqa: F401
-                                    load_image, load_whole, normalise, resize_view, whole_size)
+                                    load_image, load_whole, load_wholes, normalise,
+                                    resize_view, whole_size)
+
+LOADING_TIMEOUT = 600  # seconds for a batch
 
 # ---------------------------------------------------------------- views in training
 
@@ -114,8 +120,11 @@ class Birds(Split):
         self.margin = tuple(round(side * 3 / 32) for side in img_size)
         self.indices = spread(BIRDS[split], limit)
         draw = partial(draw_birds, BIRD_STREAMS[split], img_size, species)
-        drawn = in_processes(draw, self.indices, "drawing birds, 250 each")
+        drawn = in_processes(draw, self.indices, "drawing birds")
         self.pictures, self.labels, self.palettes, self.boxes = map(np.concatenate, zip(*drawn))
+
+    def stored(self) -> Iterator[np.ndarray]:
+        yield self.pictures
 
     annotated = property(lambda self: len(self))  # all birds have a box
 
@@ -137,18 +146,22 @@ class Birds(Split):
         return f"synthetic/{self.split}/{self.indices[index]:05d}"
 
 
-def in_processes(work: Callable[[Sequence], object], items: Sequence, label: str) -> list:
-    """work(some items), 250 at a time, on all cores, in order."""
-    chunks = [items[i:i + 250] for i in range(0, len(items), 250)]
+def in_processes(
+    work: Callable[[Sequence], object], items: Sequence, label: str, each: int = 250
+) -> Iterator:
+    """work(some items), so many at a time, on all cores, in order."""
+    chunks = [items[i:i + each] for i in range(0, len(items), each)]
     processes = min(_cores(), len(chunks))
-    shown = progress(chunks, label, os.environ.get("RANK", "0") == "0")
+    shown = progress(chunks, f"{label}, {each} each", os.environ.get("RANK", "0") == "0")
     if processes < 2:
-        return list(map(work, shown))
+        yield from map(work, shown)
+        return
     # forked: spawned ones import torch first, and rerun a script without a __main__ guard
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, fork, _ignore_interrupt) as pool:
+    with ProcessPoolExecutor(processes, fork, _leave_signals) as pool:
         results = pool.map(work, chunks)
-        return [next(results) for _ in shown]
+        for _ in shown:
+            yield next(results)
 
 
 def _cores() -> int:
@@ -157,11 +170,11 @@ def _cores() -> int:
     """
     if not hasattr(os, "sched_getaffinity") or multiprocessing.current_process().daemon:
         return 1
-    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return len(os.sched_getaffinity(0)) // local_processes()
 
 
-def _ignore_interrupt(*_):
-    for number in (signal.SIGINT, signal.SIGTERM):  # both are the parent's to handle
+def _leave_signals(*_):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent's to handle
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -195,7 +208,7 @@ class Pictures(Split):
         """
         paths = [self.folder / os.fsdecode(path) for path in self.paths]
         work = partial(check_images, img_size=self.img_size, crop=self.crop)
-        found = list(chain(*in_processes(work, paths, f"checking {self.split} images, 250 each")))
+        found = list(chain(*in_processes(work, paths, f"checking {self.split} images")))
         boxes, notes = place_all(boxes, found, paths, annotations)
         self.notes += notes
         inside, clipped, outside = [], 0, 0
@@ -232,6 +245,12 @@ class Pictures(Split):
 
     def path(self, index: int) -> str:
         return str(self.folder / os.fsdecode(self.paths[index]))
+
+    def stored(self) -> Iterator[np.ndarray]:
+        """All whole pictures, some (n, H, W, 3) uint8 at a time, decoded on all cores."""
+        paths = [self.path(index) for index in range(len(self))]
+        decode = partial(load_wholes, img_size=self.whole_size)
+        return in_processes(decode, paths, f"decoding {self.split} images", 64)
 
 
 READERS = {"cub": read_cub, "ilsvrc": read_ilsvrc, "folder": read_folder}
@@ -307,11 +326,14 @@ def _pack(samples):
 
 def loader(dataset: Dataset, batches: Iterable[list], workers: int = 0) -> Iterator[dict]:
     """Batches of these indices, or pairs (epoch, index), in this order, whatever the number of
-    workers; torch's random state is left alone.
+    workers, which live until the last batch; torch's random state is left alone.
+
+    Raises DataError for a broken file, RuntimeError where a worker dies or takes too long.
     """
     loaded = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_pack,
-                        generator=torch.Generator(), worker_init_fn=_ignore_interrupt,
-                        pin_memory=torch.cuda.is_available())
+                        generator=torch.Generator(), worker_init_fn=_start_worker,
+                        pin_memory=torch.cuda.is_available(),
+                        timeout=LOADING_TIMEOUT if workers else 0)
     try:
         for batch in loaded:
             batch["boxes"] = list(batch["boxes"].split(batch.pop("counts")))
@@ -319,6 +341,60 @@ def loader(dataset: Dataset, batches: Iterable[list], workers: int = 0) -> Itera
     except DataError as error:
         # whose frames would keep the workers
         raise error.with_traceback(None)
+    except (RuntimeError, OSError, MemoryError) as error:
+        if not workers:
+            raise
+        raise RuntimeError(
+            f"--workers: a process that loads images failed ({last_line(error)[:200]}): fewer of "
+            "them need less memory, shared memory (/dev/shm) and open files; 0 needs none") from None
+
+
+def _start_worker(_):
+    """A batch that cannot be sent ends its worker, and so the run: it would be waited for."""
+    _leave_signals()
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+
+
+class Cache:
+    """A training split's stored pictures, decoded once and held on a device.
+
+    Its batches are the loader's, bit for bit: views are index arithmetic.
+    """
+
+    def __init__(self, split: Split, device: torch.device):
+        self.split, self.device, done = split, device, 0
+        shape = len(split), 3, *split.whole_size
+        self.pictures = torch.empty(shape, dtype=torch.uint8, device=device)
+        for chunk in split.stored():  # (n, H, W, 3)
+            chunk = torch.from_numpy(chunk).to(device)
+            self.pictures[done:done + len(chunk)] = chunk.permute(0, 3, 1, 2)
+            done += len(chunk)
+        labels = {"label": split.labels, "palette": getattr(split, "palettes", None)}
+        self.labels = {name: torch.from_numpy(ids).to(device, torch.int64)
+                       for name, ids in labels.items() if ids is not None}
+
+    def batch(self, keys: list[tuple[int, int]]) -> dict:
+        """Of each (epoch, index): image (B, 3, h, w) uint8, label and palette (B,)."""
+        (h, w), (H, W) = self.split.img_size, self.split.whole_size
+        views = [(index, *self.split.random_crop(epoch, index)) for epoch, index in keys]
+        index, top, left, mirrored = send(torch.tensor(views), self.device).unbind(1)  # each (B,)
+        rows = reflect(top[:, None] + torch.arange(h, device=self.device), H)  # (B, h)
+        columns = reflect(left[:, None] + torch.arange(w, device=self.device), W)  # (B, w)
+        columns = torch.where(mirrored[:, None] > 0, columns.flip(1), columns)
+        images = self.pictures.index_select(0, index)  # (B, 3, H, W)
+        images = images.gather(2, rows[:, None, :, None].expand(-1, 3, -1, W))  # (B, 3, h, W)
+        images = images.gather(3, columns[:, None, None].expand(-1, 3, h, -1))  # (B, 3, h, w)
+        return {"image": images} | {name: ids[index] for name, ids in self.labels.items()}
+
+
+def cache_fits(split: Split, device: torch.device) -> bool:
+    """Whether a Cache takes at most a quarter of what is free for this process on the device."""
+    return 3 * len(split) * math.prod(split.whole_size) <= free_memory(device) / 4
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device, without waiting for what that computes."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def contact_sheet(name: str, root: Path | None, split: str, out: Path) -> None:

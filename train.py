@@ -10,15 +10,18 @@ log.jsonl, last.pt, best.pt and the evaluation's metrics.json, predictions.jsonl
 after a pretraining phase also pretrained.pt, a backbone that --pretrained takes.
 
 Every random choice is a function of the seed and of what it is drawn for (phase, epoch, step,
-sample): neither --workers, nor a stop and --resume, nor the number of processes changes a result.
+sample): neither --workers, --cache, a stop and --resume, nor the number of processes changes a
+result.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,31 +29,33 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import evaluate
 from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_checkpoint, load_pretrained
-from support.common import (FlagError, autocast, one_line, progress, write_atomic, write_json)
+from support.common import FlagError, autocast, last_line, one_line, progress, write_atomic
 from support.report.figures import draw_loss, write_png
-from support.runs.folder import (PHASES, Stop, adopt, check_data, check_finite, count_stuck,
-                          cut_log, find_saved, load_data, lock, log, log_epoch, process, read_log,
-                          restore, say, say_plan, score_spread, write_checkpoint)
+from support.runs.folder import (PHASES, Stop, any_process, begin, check_data, digest_of,
+                                 find_saved, hold, log, process, read_log, restore, say,
+                                 write_checkpoint)
 from support.runs.train_flags import read_flags
 from support.weights import HEADS, read_weights
 
 PAPER = dict(  # "Implementation Details", CUB-200-2011; the warm-up is the authors' code's
     arch="small", img_size=224, patch_size=16, head="cdm", num_kernels=4, kernel_size=3,
     scorer="separate", erase="raw", pool="gap", drop_path=0.1, epochs=80, pretrain_epochs=0,
-    batch_size=128, lr=5e-5, pretrain_lr=5e-4, layer_decay=1.0, freeze_blocks=0,
-    weight_decay=5e-4, warmup_epochs=5.0, label_smoothing=0.0, clip_grad=0.0,
+    patch_loss="none", batch_size=128, lr=5e-5, pretrain_lr=5e-4, layer_decay=1.0,
+    freeze_blocks=0, weight_decay=5e-4, warmup_epochs=5.0, label_smoothing=0.0, clip_grad=0.0,
 )
 RECIPES = {
+    # the pretraining stands for the paper's ImageNet: there the patch tokens learn to classify,
+    # which the relation map, a mean of their attention, needs
     "synthetic": PAPER | dict(
-        arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3, epochs=1,
-        pretrain_epochs=6, batch_size=32, lr=1e-3, pretrain_lr=1e-3, freeze_blocks=4,
-        weight_decay=0.05, clip_grad=1.0, drop_path=0.0),
+        species=18, arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3,
+        epochs=1, pretrain_epochs=6, patch_loss="each", batch_size=32, lr=1e-3, pretrain_lr=1e-3,
+        freeze_blocks=4, weight_decay=0.05, clip_grad=1.0, drop_path=0.0),
     "cub": PAPER,
     # few pictures: epochs by their number (folder_epochs), half of a pretrained backbone frozen
     "folder": PAPER | dict(
@@ -59,7 +64,9 @@ RECIPES = {
 }
 GATE_RATE = 0.02  # of the head's rate: the layers that score the CDM's kernels; lctr.CDM says why
 LOG_EVERY = 10  # steps
-NOTHING = {"loss": 0.0, "right": 0, "steps": 0}  # an epoch's sums, at its start
+SAVE_EVERY = 30  # seconds between checkpoints at epochs' ends
+WARMUP = 3  # steps that no estimate of time counts
+SCORES_STUCK = 20  # logged steps with a mean score below .01 or above .99
 
 
 # ---------------------------------------------------------------- flags
@@ -84,6 +91,8 @@ def parse_flags(argv: list[str] | None = None) -> Namespace:
 class Plan(NamedTuple):
     """What a phase does: `total` steps of `batch_size` images, over all processes."""
 
+    phase: str
+    images: int
     batch_size: int
     epoch_steps: int
     total: int
@@ -96,26 +105,22 @@ def plan_phase(phase: str, images: int, config: dict) -> Plan:
 
     Raises FlagError where a batch does not split into micro-batches.
     """
-    batch_size, parts = min(config["batch_size"], images), process()[1] * config["accumulate"]
+    batch_size = min(config["batch_size"], images)
+    parts = process()[1] * config["accumulate"]
     if batch_size < parts:
         raise FlagError(f"--batch-size: {batch_size} images do not split into {parts} parts")
-    prefix, epoch_steps = "" if phase == "main" else "pretrain_", images // batch_size
+    prefix = "" if phase == "main" else "pretrain_"
+    epoch_steps = images // batch_size
     total = epoch_steps * config[f"{prefix}epochs"]
     if phase == "main":
         total = min(total, config["max_steps"] or total)
     warmup = min(config["warmup_epochs"] * epoch_steps, total / 10)
-    return Plan(batch_size, epoch_steps, total, warmup, config[f"{prefix}lr"])
+    return Plan(phase, images, batch_size, epoch_steps, total, warmup, config[f"{prefix}lr"])
 
 
 def folder_epochs(images: int, batch_size: int) -> int:
     """Epochs for a folder: about 6 sqrt(n) steps, 60 at 100 pictures and 424 at 5,000."""
     return max(1, round(6 * math.sqrt(images) / (images // min(images, batch_size))))
-
-
-def epoch_batches(samples: int, batch_size: int, *key: int) -> list[list[int]]:
-    """The epoch's shuffled batches of sample indices; an incomplete last one is dropped."""
-    order = np.random.default_rng(key).permutation(samples).tolist()
-    return [order[i:i + batch_size] for i in range(0, samples - batch_size + 1, batch_size)]
 
 
 def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
@@ -155,7 +160,13 @@ def adamw(model: LCTR, weight_decay: float, layer_decay: float, frozen: int) -> 
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True)
 
 
-# ---------------------------------------------------------------- one step
+# ---------------------------------------------------------------- which images a step takes
+
+def epoch_batches(samples: int, batch_size: int, *key: int) -> list[list[int]]:
+    """The epoch's shuffled batches of sample indices; an incomplete last one is dropped."""
+    order = np.random.default_rng(key).permutation(samples).tolist()
+    return [order[i:i + batch_size] for i in range(0, samples - batch_size + 1, batch_size)]
+
 
 def shares(items: np.ndarray | list, config: dict) -> list[np.ndarray]:
     """This process's micro-batches of a batch's items."""
@@ -163,161 +174,342 @@ def shares(items: np.ndarray | list, config: dict) -> list[np.ndarray]:
     return np.array_split(items, world * count)[rank * count:(rank + 1) * count]
 
 
-def loss_sum(logits: Tensor, batch: dict, num_classes: int, smoothing: float) -> Tensor:
-    """Eq. 2 summed over images; columns beyond the classes are the birds' palette."""
-    options = {"reduction": "sum", "label_smoothing": smoothing}
-    loss = F.cross_entropy(logits[:, :num_classes], batch["label"], **options)
-    if logits.shape[1] > num_classes:
-        loss = loss + F.cross_entropy(logits[:, num_classes:], batch["palette"], **options)
-    return loss
+def micro_batches(plan: Plan, first: int, config: dict) -> Iterator[list[tuple[int, int]]]:
+    """Of each micro-batch of this process, after step `first`: its samples' (epoch, index)."""
+    passed = config["pretrain_epochs"] if plan.phase == "main" else 0  # views go on over phases
+    key = config["seed"], PHASES.index(plan.phase)
+    for epoch in range(first // plan.epoch_steps, math.ceil(plan.total / plan.epoch_steps)):
+        batches = epoch_batches(plan.images, plan.batch_size, *key, epoch)
+        for batch in batches[max(first - epoch * plan.epoch_steps, 0):]:
+            for part in shares(batch, config):
+                yield [(passed + epoch, index) for index in part.tolist()]
 
 
-def gradients(parallel, optimizer, scaler, stream, noise: np.ndarray, num_classes: int,
-              config: dict, asked: bool) -> tuple[dict, int, bool, list[str]]:
-    """What one step computes: the gradient of Eq. 2's mean over the batch, by micro-batches.
+# ---------------------------------------------------------------- what a step computes
 
-    noise (batch, L, 2): stochastic depth's. Returns, over all processes, what the log needs, how
-    many images were classified right and whether any process was asked to stop; and the paths of
-    this process's images.
+class Classifier(nn.Module):
+    """What DDP and torch.compile see: images (B, 3, H, W) -> logits (B, C), patch logits or None.
+
+    patch_loss: of a "token" head. "each" classifies every patch token with the class token's
+    layer, (B, C, N), "mean" their mean, (B, C, 1), so that pretraining trains the patch tokens, as
+    the paper's training of all blocks does through theirs; "none" leaves them out.
     """
-    device, (_, world), batch_size = torch.device(config["device"]), process(), len(noise)
-    model, noises = getattr(parallel, "module", parallel), shares(noise, config)
-    sums, paths = 0, []  # in float64: the loss, right images, each score and its square
-    for i, part_noise in enumerate(noises, 1):
-        batch = {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-                 for key, value in next(stream).items()}
-        paths += batch["path"]
-        # processes exchange gradients after the last micro-batch only
-        alone = parallel.no_sync() if world > 1 and i < len(noises) else contextlib.nullcontext()
-        with alone:
+
+    def __init__(self, model: LCTR, patch_loss: str):
+        super().__init__()
+        self.model, self.patch_loss = model, patch_loss
+
+    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.patch_loss == "none":
+            return self.model(images, noise), None
+        tokens, _ = self.model.forward_features(images, "cls", noise)  # (B, N+1, D)
+        patches = tokens[:, 1:]
+        if self.patch_loss == "mean":
+            patches = patches.mean(1, keepdim=True)  # (B, 1, D)
+        return self.model.classifier(tokens[:, 0]), self.model.classifier(patches).mT
+
+
+def loss_sum(logits: Tensor, labels: list[Tensor], sizes: list[int], smoothing: float) -> Tensor:
+    """Eq. 2 summed over images, for each kind of label (B,) and its logits.
+
+    logits (B, C) or (B, C, n), C the sum of sizes; the mean over n of an image's losses counts.
+    """
+    loss = 0
+    for part, ids in zip(logits.split(sizes, 1), labels):
+        if part.ndim == 3:
+            ids = ids[:, None].expand(-1, part.shape[2])  # (B, n)
+        loss = loss + F.cross_entropy(part, ids, reduction="sum", label_smoothing=smoothing)
+    return loss / logits.shape[2:].numel()
+
+
+def label_kinds(phase: str, train_set: data.Split, config: dict) -> dict[str, int]:
+    """The kinds of image labels that a phase trains on: in the birds' pretraining the palette too.
+    """
+    kinds = {"label": len(train_set.classes)}
+    if phase == "pretrain" and config["data"] == "synthetic" and config["palette_label"]:
+        kinds["palette"] = train_set.num_palettes
+    return kinds
+
+
+def compile_mode(plan: Plan, config: dict) -> str | None:
+    """--compile: "reduce-overhead", CUDA graphs, for a long phase on one GPU; "default"; None."""
+    graphs = config["device"].startswith("cuda") and process()[1] == 1 and plan.total >= 1000
+    # a graph's gradients lie where the next replay writes them, so none may be added up
+    graphs = graphs and config["amp"] == "bf16" and config["accumulate"] == 1
+    if config["compile"] == "off" or config["compile"] == "auto" and not graphs:
+        return None
+    return "reduce-overhead" if graphs else "default"
+
+
+def compiled(classifier: Classifier, mode: str, plan: Plan, sizes: list[int], config: dict
+             ) -> Classifier:
+    """The classifier compiled, after three trial steps on blank images; as it was, with a note,
+    where that fails under --compile auto.
+    """
+    device = torch.device(config["device"])
+    whole = Classifier(classifier.model, classifier.patch_loss).train()
+    say(f"compiling the model (--compile), mode {mode}")
+    try:
+        whole.compile(mode=mode)
+        count = len(shares(list(range(plan.batch_size)), config)[0])
+        images = torch.zeros(count, 3, *classifier.model.img_size, device=device)
+        labels = [torch.zeros(count, dtype=torch.int64, device=device) for _ in sizes]
+        shape = count, config["depth"], 2
+        noise = torch.ones(shape, device=device) if config["drop_path"] else None
+        for _ in range(WARMUP):
             with autocast(device, config["amp"]):
-                images = data.normalise(batch["image"])
-                logits = parallel(images, torch.from_numpy(part_noise).to(device))
-                loss = loss_sum(logits, batch, num_classes, config["label_smoothing"]) / batch_size
-            scaler.scale(loss * world).backward()  # DDP takes the mean over processes
-        right = (logits[:, :num_classes].argmax(1) == batch["label"]).sum()
-        part = [torch.stack([loss.detach().double(), right.double()])]
-        if hasattr(model, "cdm"):
-            scores = model.cdm.last_scores.double()  # (micro-batch, G)
-            part += [scores.sum(0), scores.square().sum(0)]
-        sums = sums + torch.cat(part)
-    scaler.unscale_(optimizer)
-    trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-    if config["clip_grad"]:
-        torch.nn.utils.clip_grads_with_norm_(trained, config["clip_grad"], norm)
-    sums = torch.cat([sums, sums.new_full((1,), asked)])
-    if world > 1:
-        dist.all_reduce(sums)
-    loss, right, *scores, asked = sums.tolist()
-    found = {"loss": loss, "grad_norm": norm.item(), **score_spread(scores, batch_size)}
-    return found, int(right), bool(asked), paths
+                outputs = [out for out in whole(images, noise) if out is not None]
+                loss = sum(loss_sum(out, labels, sizes, 0.0) for out in outputs)
+            loss.backward()
+            whole.zero_grad(set_to_none=True)
+    except Exception as error:  # of any kind: compilers raise nearly anything
+        if config["compile"] == "on":
+            raise RuntimeError(f"--compile: {last_line(error)}: off trains without") from error
+        say(f"note: the model does not compile, training goes on without ({last_line(error)})")
+        classifier.zero_grad(set_to_none=True)
+        return classifier
+    return whole
+
+
+def mean_figures(rows: list[list[float]], batch_size: int) -> dict:
+    """What a line of the log says of some steps (rows as in fit): means over steps and images.
+
+    A gradient that is not finite, a step that fp16 leaves out, does not enter its norm's mean.
+    score_mean, score_std: of the CDM's scores, over kernels, the second of their spread over
+    images.
+    """
+    table = np.array(rows)
+    norms = table[:, -1][np.isfinite(table[:, -1])]
+    figures = {"loss": float(table[:, 0].mean()),
+               "grad_norm": float(norms.mean()) if len(norms) else None}
+    if table.shape[1] > 3:
+        sums = table[:, 2:-1].sum(0) / (len(table) * batch_size)
+        mean, square = sums.reshape(2, -1)  # of S_g - 1/2 and its square (G,)
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        figures |= {"score_mean": float(0.5 + mean.mean()), "score_std": float(spread.mean())}
+    return figures
 
 
 # ---------------------------------------------------------------- one phase of training
 
-def epoch_stream(train_set, plan: Plan, key: tuple, done: int, passed: int, config: dict):
-    """This process's micro-batches of an epoch, from its step `done` on; key: of its shuffling."""
-    batches = epoch_batches(len(train_set), plan.batch_size, *key)[done:]
-    lists = [[(passed, index) for index in part.tolist()]
-             for batch in batches for part in shares(batch, config)]
-    return iter(data.loader(train_set, lists, config["workers"]))
-
-
-def score(model: LCTR, dataset, config: dict, **options) -> evaluate.Evaluation:
-    return evaluate.evaluate_model(model, dataset, device=config["device"],
-                                   workers=config["workers"], amp=config["amp"], **options)
-
-
-def fit(model: LCTR, phase: str, train_set, val_set, config: dict, saved: dict | None,
-        stop: Stop, later: float) -> None:
+def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None, val_set,
+        config: dict, saved: dict | None, stop: Stop, later: float) -> None:
     """Trains one phase, from `saved` on where given; leaves last.pt and best.pt.
 
     later: what follows the phase, in steps, for the estimates of time.
     """
-    # plan, optimizer, and where a checkpoint stood
     out, device, (rank, world) = Path(config["out"]), torch.device(config["device"]), process()
-    plan, main = plan_phase(phase, len(train_set), config), phase == "main"
+    main = phase == "main"
+    num_classes = len(train_set.classes)
+    plan = plan_phase(phase, len(train_set), config)
+
+    # the optimizer, and where a checkpoint stood
     rates = (config["layer_decay"], config["freeze_blocks"]) if main else (1.0, 0)
     optimizer = adamw(model, config["weight_decay"], *rates)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
-    first, metrics, running = 0, {}, NOTHING
+    first, metrics = 0, {}
+    running = {"line": [], "epoch": []}  # a row of figures per step, since the log's last line
     if saved:
         first, metrics, running = restore(saved, model, optimizer, scaler)
-    if config["compile"]:
-        model.compile()
-    parallel = DistributedDataParallel(model) if world > 1 else model
-    say_plan(phase, plan, len(train_set), first, config)
+    say(f"{phase}: {plan.images} images, {plan.total} steps of {plan.batch_size} images "
+        f"({world} processes x {config['accumulate']} micro-batches), learning rate "
+        f"{plan.peak:g} after {plan.warmup:.0f} steps, amp {config['amp']}, on {device}"
+        + f", from step {first}" * bool(first))
 
-    def checkpoint(name: str) -> None:
-        state = {"model": model.state_dict(), "config": config, "classes": train_set.classes,
-                 "phase": phase, "epoch": step // plan.epoch_steps, "step": step,
-                 "metrics": metrics}
-        if name == "last.pt":  # and what resuming needs
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                      "rng": torch.get_rng_state(), "running": running,
-                      "data": {"images": len(train_set), "digest": data.digest(train_set)}}
-        write_checkpoint(out / name, state)
+    # the image labels that this phase's head is trained on, and how many of each there are
+    kinds = label_kinds(phase, train_set, config)
+    sizes = list(kinds.values())
 
-    stream, stuck, started = None, 0, time.perf_counter()
+    # the model as it is trained, and this process's batches, prepared while it computes
+    classifier = Classifier(model, config["patch_loss"] if model.head_type == "token" and not main
+                            else "none").train()
+    if first < plan.total and (mode := compile_mode(plan, config)):
+        classifier = compiled(classifier, mode, plan, sizes, config)
+    parallel = DistributedDataParallel(classifier) if world > 1 else classifier
+    keys = micro_batches(plan, first, config)
+    batches = (map(cache.batch, keys) if cache
+               else data.loader(train_set, keys, config["workers"]))
+
+    window = None  # on the device: the rows of the steps since the last reading
+    read = first
+    stuck = 0
+    written = -math.inf
+    clock = first, time.perf_counter()
     stop.in_steps = True
-    for step in progress(range(first + 1, plan.total + 1), phase, rank == 0, later):  # from 1
-        # this step's rate, and the gradient of its batch
-        lr = learning_rate(step - 1, plan.total, plan.warmup, plan.peak)
+    for step in progress(range(first + 1, plan.total + 1), phase, rank == 0, later, WARMUP):
         epoch, done = divmod(step - 1, plan.epoch_steps)
-        key = (config["seed"], PHASES.index(phase), epoch)
-        if stream is None or done == 0:
-            passed = epoch + (config["pretrain_epochs"] if main else 0)
-            stream = epoch_stream(train_set, plan, key, done, passed, config)
-            model.train()
-        noise = np.random.default_rng((*key, step - 1)).random(
-            (plan.batch_size, config["depth"], 2), np.float32)
-        found, right, asked, paths = gradients(
-            parallel, optimizer, scaler, stream, noise, len(train_set.classes), config, stop.asked)
-        found["lr"] = lr
-        check_finite(found, f"{phase} step {step}", out / "last.pt", paths, scaler.is_enabled())
+        key = config["seed"], PHASES.index(phase), epoch
+        lr = learning_rate(step - 1, plan.total, plan.warmup, plan.peak)
+
+        # stochastic depth's noise (batch, L, 2): of the step, whoever computes which image
+        noises = [None] * config["accumulate"]
+        if config["drop_path"]:
+            shape = plan.batch_size, config["depth"], 2
+            noise = np.random.default_rng((*key, step - 1)).random(shape, np.float32)
+            noises = [data.send(torch.from_numpy(part), device) for part in shares(noise, config)]
+
+        # forward and backward: the gradient of the mean loss over the batch, by micro-batches
+        row = 0
+        for i, noise in enumerate(noises, 1):
+            batch = next(batches)
+            images = data.normalise(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W)
+            labels = [batch[kind].to(device, non_blocking=True) for kind in kinds]
+            # processes exchange gradients after the last micro-batch only
+            alone = world > 1 and i < len(noises)
+            with parallel.no_sync() if alone else contextlib.nullcontext():
+                with autocast(device, config["amp"]):
+                    logits, patch_logits = parallel(images, noise)
+                    loss = loss_sum(logits, labels, sizes, config["label_smoothing"])
+                    if patch_logits is not None:
+                        smoothing = config["label_smoothing"]
+                        loss = loss + loss_sum(patch_logits, labels, sizes, smoothing)
+                    loss = loss / plan.batch_size
+                scaler.scale(loss * world).backward()  # DDP takes the mean over processes
+
+            # what the log wants of it, left on the device
+            hits = (logits[:, :num_classes].argmax(1) == labels[0]).sum()
+            figures = [loss.detach()[None], hits[None]]
+            if model.head_type == "cdm":
+                scores = model.cdm.last_scores.float() - 0.5  # (B, G), near 0
+                figures += [scores.sum(0), scores.square().sum(0)]
+            row = row + torch.cat([figure.float() for figure in figures])
 
         # the step
+        scaler.unscale_(optimizer)
+        trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in trained])
+        if config["clip_grad"]:
+            nn.utils.clip_grads_with_norm_(trained, config["clip_grad"], norm)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        running = {"loss": running["loss"] + found["loss"], "right": running["right"] + right,
-                   "steps": running["steps"] + 1}
+        row = torch.cat([row, norm[None]])  # loss, hits, S_g - 1/2 and squares, norm
+        window = row.new_zeros(LOG_EVERY, len(row)) if window is None else window
+        window[step - read - 1] = row
 
-        # what is said, logged and saved
-        rate = plan.batch_size * (step - first) / (time.perf_counter() - started)  # images a second
-        if step == first + 2:
+        # until something is to be logged or saved, the device works on and nobody waits for it
+        late = rank == 0 and time.monotonic() - written > SAVE_EVERY
+        asked, late = any_process(stop.asked, late)
+        ends = done + 1 == plan.epoch_steps or step == plan.total
+        every = config["checkpoint_every"]
+        saves = asked or ends and (late or step == plan.total) or every and step % every == 0
+        logs = step % LOG_EVERY == 0 or step == plan.total
+        warm = step - first in (WARMUP, 2 * WARMUP)
+        if not (saves or logs or ends or warm or step - read == LOG_EVERY):
+            continue
+
+        # the steps' figures, summed over processes: the one wait for the device
+        rows = window[:step - read]
+        if world > 1:
+            norms = rows[:, -1].clone()  # the same in all
+            dist.all_reduce(rows)
+            rows[:, -1] = norms
+        for number, values in enumerate(rows.tolist(), read + 1):
+            # fp16's scaler leaves out a step whose gradient overflows, so that one may pass
+            overflow = not math.isfinite(values[-1]) and not scaler.is_enabled()
+            if overflow or not math.isfinite(values[0]):
+                raise FloatingPointError(not_finite(number, values, plan, train_set, config))
+            running["line"].append(values)
+            running["epoch"].append(values[:2])
+        read = step
+
+        # what is logged and said
+        now = time.perf_counter()
+        rate = plan.batch_size * (step - clock[0]) / (now - clock[1])  # images a second
+        if step - first == 2 * WARMUP:
             minutes = plan.batch_size * (plan.total - step + later) / rate / 60
             say(f"{rate:.3g} images/s: about {minutes:.1f} minutes to go, evaluation included")
-        if step % LOG_EVERY == 0 or step == plan.total:
-            log(out, {"phase": phase, "epoch": epoch, "step": step, **found, "images_per_s": rate})
-            stuck = count_stuck(found, stuck)
-        if step % plan.epoch_steps == 0 or step == plan.total:
-            top1, best = None, main and not val_set and step == plan.total
+        if logs:
+            figures = mean_figures(running["line"], plan.batch_size)
+            running["line"] = []
+            log(out, {"phase": phase, "epoch": epoch, "step": step, **figures, "lr": lr,
+                      "images_per_s": rate})
+            stuck = 0 if 0.01 <= figures.get("score_mean", 0.5) <= 0.99 else stuck + 1
+            if stuck == SCORES_STUCK:
+                say("note: the CDM's scores are stuck at 0 or 1, so its kernels no longer differ "
+                    "between images: a smaller --lr helps")
+        if step - first == WARMUP:
+            clock = step, now
+
+        # an epoch's end: its mean loss and accuracy, also on val; the best model so far
+        best, said = False, ""
+        if ends:
+            losses, hits = zip(*running["epoch"])
+            running["epoch"] = []
+            entry = {"phase": phase, "epoch": epoch, "step": step,
+                     "mean_loss": sum(losses) / len(losses),
+                     "train_top1": 100 * sum(hits) / (len(hits) * plan.batch_size)}
+            said = (f"{phase} epoch {epoch + 1}: step {step}, mean loss {entry['mean_loss']:.3f}, "
+                    f"training accuracy {entry['train_top1']:.1f} %")
+            best = main and not val_set and step == plan.total
             if val_set and ((epoch + 1) % config["eval_every"] == 0 or step == plan.total):
                 stop.in_steps = False  # Ctrl-C ends an evaluation at once
-                scores = score(model, val_set, config, couplings=())
+                results = evaluated(model, val_set, config, couplings=())
                 stop.in_steps = True
-                top1 = evaluate.summarise(scores, evaluate.DEFAULT_THRESHOLD)["top1_cls"]
+                classifier.train()
+                top1 = evaluate.summarise(results, evaluate.DEFAULT_THRESHOLD)["top1_cls"]
                 best = top1 >= metrics.get("best_top1_cls", 0)
                 record = top1 if best else metrics["best_top1_cls"]
                 metrics = {"top1_cls": top1, "best_top1_cls": record}
-            log_epoch(out, phase, epoch, step, running, plan.batch_size, top1)
-            running = NOTHING
-            if best:
-                checkpoint("best.pt")
-            checkpoint("last.pt")
-        elif asked or config["checkpoint_every"] and step % config["checkpoint_every"] == 0:
-            checkpoint("last.pt")
+                entry["val_top1_cls"] = top1
+                said += f", val top-1 accuracy {top1:.1f} %"
+            log(out, entry)
+
+        # checkpoints: best.pt, and last.pt with what resuming needs
+        state = {"model": model.state_dict(), "config": config, "classes": train_set.classes,
+                 "phase": phase, "epoch": step // plan.epoch_steps, "step": step,
+                 "metrics": metrics}
+        if best:
+            write_checkpoint(out / "best.pt", state)
+        if saves:
+            held = {"images": plan.images, "digest": data.digest(train_set)}
+            write_checkpoint(out / "last.pt", state | {
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                "rng": torch.get_rng_state(), "running": running, "data": held})
+            written = time.monotonic()
+        if said:
+            say(said)
         if asked:
-            stop.raised = True
-            raise KeyboardInterrupt
+            stop.end()
     stop.in_steps = False
 
 
+def not_finite(step: int, row: list[float], plan: Plan, train_set, config: dict) -> str:
+    """What is said of a step whose loss or gradient is no number: where, and of which pictures."""
+    epoch, done = divmod(step - 1, plan.epoch_steps)
+    key = config["seed"], PHASES.index(plan.phase), epoch
+    batch = epoch_batches(plan.images, plan.batch_size, *key)[done]
+    last = Path(config["out"]) / "last.pt"
+    kept = f"the last good state stays in {last}; " * last.exists()
+    lr = learning_rate(step - 1, plan.total, plan.warmup, plan.peak)
+    return (f"{plan.phase} step {step}: loss {row[0]}, gradient norm {row[-1]}, learning rate "
+            f"{lr:.3g}: not finite; {kept}images of this batch: "
+            f"{', '.join(train_set.path(index) for index in batch)}")
+
+
 # ---------------------------------------------------------------- the whole run
+
+def load_data(flags: Namespace, has_val: bool) -> list:
+    """The train, val and test sets, val None where there is none; their notes are printed."""
+    load = functools.partial(
+        data.load_dataset, flags.data, flags.root, img_size=flags.img_size, seed=flags.seed,
+        species=flags.species)
+    sets = [load(split="train", limit=flags.limit_train),
+            load(split="val", limit=flags.limit_test) if has_val else None,
+            load(split="test", limit=flags.limit_test)]
+    for note in dict.fromkeys(note for split in sets if split for note in split.notes):
+        say(f"note: {note}")
+    if len(sets[0].classes) < 2:
+        raise ValueError(f"{flags.root or flags.data}: one class alone teaches nothing: need two")
+    return sets
+
+
+def evaluated(model: LCTR, dataset, config: dict, **options) -> evaluate.Evaluation:
+    return evaluate.evaluate_model(model, dataset, device=config["device"],
+                                   workers=config["workers"], amp=config["amp"], **options)
+
 
 def finish(config: dict, val_set, test_set) -> None:
     """Evaluates best.pt at the chosen threshold and writes the report."""
@@ -326,18 +518,18 @@ def finish(config: dict, val_set, test_set) -> None:
     model = model.to(config["device"])
     coupling, threshold = evaluate.default_coupling(model), config["threshold"]
     if threshold == "auto":
-        val_scores = score(model, val_set, config, couplings=(coupling,))
+        val_results = evaluated(model, val_set, config, couplings=(coupling,))
         threshold = evaluate.DEFAULT_THRESHOLD
-        if val_scores.annotated.any():
-            threshold = evaluate.best_threshold(val_scores, coupling)
-    scores = score(model, test_set, config, threshold=threshold)
+        if val_results.annotated.any():
+            threshold = evaluate.best_threshold(val_results, coupling)
+    results = evaluated(model, test_set, config, threshold=threshold)
     best["metrics"] = {**best["metrics"], "threshold": threshold}
     write_checkpoint(out / "best.pt", best)
     if process()[0] == 0:
-        metrics = evaluate.summarise(scores, threshold)
+        metrics = evaluate.summarise(results, threshold)
         write_png(out / "loss.png", draw_loss(read_log(out)))
-        evaluate.report(out, model, test_set, scores, metrics, coupling, threshold)
-        print(f"\n{evaluate.format_table(metrics, coupling)}\n\nreport and pictures in {out}")
+        evaluate.report(out, model, test_set, results, metrics, coupling, threshold)
+        say(f"\n{evaluate.format_table(metrics, coupling)}\n\nreport and pictures in {out}")
     last = read_weights(out / "last.pt")  # its word decides whether the run is finished
     last["metrics"] = {**last["metrics"], "finished": True}
     write_checkpoint(out / "last.pt", last)
@@ -346,15 +538,14 @@ def finish(config: dict, val_set, test_set) -> None:
 def train(flags: Namespace, stop: Stop) -> None:
     # what can be checked before the data is read
     config = {name: value for name, value in vars(flags).items() if name != "resume"}
+    config["pretrained_digest"] = digest_of(flags.pretrained)
     has_val, out = data.has_split(flags.data, flags.root, "val"), Path(flags.out)
     if flags.threshold == "auto" and not has_val:
         raise FlagError(
             f"--threshold: auto needs a val split, {flags.data} has none: give a number")
     if flags.threshold is None:
         config["threshold"] = "auto" if has_val else evaluate.DEFAULT_THRESHOLD
-    with contextlib.ExitStack() as held:
-        if out.is_dir():
-            held.enter_context(lock(out))
+    with hold(out, flags.resume):
         saved = find_saved(out, flags.resume, config)
         if saved and saved["metrics"].get("finished") and saved["path"] == out / "last.pt":
             say(f"{out} is finished: its metrics are in {out / 'metrics.json'}")
@@ -362,24 +553,19 @@ def train(flags: Namespace, stop: Stop) -> None:
 
         # the data, and whether the checkpoint was trained on it
         train_set, val_set, test_set = load_data(flags, has_val)
-        classes = len(train_set.classes)
+        device = torch.device(flags.device)
         if saved:
             check_data(saved, train_set.classes, len(train_set), data.digest(train_set))
         if config["epochs"] is None:
             config["epochs"] = folder_epochs(len(train_set), flags.batch_size)
             say(f"{len(train_set)} training pictures: {config['epochs']} epochs (--epochs)")
         main_phase = plan_phase("main", len(train_set), config)
-        if not out.is_dir():
-            out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock(out))
-        if process()[0] == 0:
-            if saved:
-                adopt(saved, out)
-            cut_log(out, saved)
-            write_json(out / "config.json", config)
+        begin(out, saved, config)
+        cached = flags.cache == "on" or flags.cache == "auto" and data.cache_fits(train_set, device)
+        cache = data.Cache(train_set, device) if cached else None
 
         # pretraining with a "token" head, then the main phase on its backbone
-        device, backbone = torch.device(flags.device), {}
+        backbone = {}
         scored = len(test_set) + (len(val_set) if val_set else 0)
         later = scored / 2 / main_phase.batch_size  # an image scored costs half of one trained on
 
@@ -394,19 +580,22 @@ def train(flags: Namespace, stop: Stop) -> None:
             return model.to(device)
 
         if flags.pretrain_epochs and not (saved and saved["phase"] == "main"):
-            birds = flags.data == "synthetic" and flags.palette_label
-            model = start("token", classes + (train_set.num_palettes if birds else 0))
-            fit(model, "pretrain", train_set, None, config, saved, stop, main_phase.total + later)
+            model = start("token", sum(label_kinds("pretrain", train_set, config).values()))
+            fit(model, "pretrain", train_set, cache, None, config, saved, stop,
+                main_phase.total + later)
             if process()[0] == 0:
                 content = (out / "last.pt").read_bytes()
                 write_atomic(out / "pretrained.pt", lambda file: file.write(content))
             saved, backbone = None, {name: value for name, value in model.state_dict().items()
                                      if not name.startswith(HEADS)}
-        fit(start(flags.head, classes), "main", train_set, val_set, config, saved, stop, later)
+        model = start(flags.head, len(train_set.classes))
+        fit(model, "main", train_set, cache, val_set, config, saved, stop, later)
         finish(config, val_set, test_set)
 
 
 def main(argv: list[str] | None = None) -> None:
+    with contextlib.suppress(AttributeError):  # a name that the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     flags = parse_flags(argv)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it, as in evaluate.py
     with Stop() as stop:

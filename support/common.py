@@ -94,22 +94,27 @@ def write_json(path: str | Path, content: object) -> None:
 # ---------------------------------------------------------------- progress
 
 
-def progress(items: Sequence, label: str, show: bool = True, later: float = 0) -> Iterator:
+def progress(
+    items: Sequence, label: str, show: bool = True, later: float = 0, warmup: int = 0
+) -> Iterator:
     """Passes items through and says on standard error how many are done, rate and time left.
 
-    later: what the script does after them, in items; the time left includes it. On a terminal
-    that is one line that overwrites itself; elsewhere a plain line every 30 s.
+    later: what the script does after them, in items; the time left includes it. warmup: the first
+    so many items do not count for the rate. On a terminal that is one line that overwrites itself;
+    elsewhere a plain line every 30 s.
     """
     total, started = len(items), time.monotonic()
     terminal, reported = sys.stderr.isatty(), started
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
+        if done == warmup < total:
+            started = now
         due = now - reported >= (0.1 if terminal else 30) or terminal and done == total
-        if not (show and due):
+        if not (show and due and done > warmup):
             continue
         reported = now
-        rate = done / max(now - started, 1e-9)
+        rate = (done - warmup) / max(now - started, 1e-9)
         left = f"{(total - done + later) / rate:.0f} s left"
         left = left if done < total else f"{now - started:.0f} s"
         text = f"{label}: {done}/{total}, {rate:.3g}/s, {left}"
@@ -150,7 +155,7 @@ def img_size_flag(text: str) -> int | list[int]:
     sides = [number(int, 1, 10**6)(side) for side in text.split("x")]
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"got {text}, need 224, or height x width as 160x224")
-    return sides[0] if len(sides) == 1 else sides
+    return sides[0] if len(set(sides)) == 1 else sides
 
 
 def threshold_flag(text: str) -> float | str:
@@ -170,7 +175,7 @@ def open_device(name: str | None) -> torch.device:
     """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     try:
         device = torch.empty(0, device=name).device
         if device.type == "meta":
@@ -197,6 +202,33 @@ def choose_amp(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """The precision of a forward pass, in train.py and evaluate.py alike."""
     return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
+
+
+def environment(name: str, default: int) -> int:
+    """A whole number of at least 1 that torchrun or a cluster sets; else the default."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() and int(text) > 0 else default
+
+
+def local_processes() -> int:
+    """How many processes of this run share the machine."""
+    return environment("LOCAL_WORLD_SIZE", 1)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free for this process: on a GPU its memory, else the machine's."""
+    if device.type == "cuda":
+        sharing = math.ceil(local_processes() / torch.cuda.device_count())
+        return torch.cuda.mem_get_info(device)[0] / sharing
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, TypeError):  # Linux: what caches of files take is free, too
+        meminfo = Path("/proc/meminfo").read_text()
+        available = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo)[1])
+    with contextlib.suppress(OSError, ValueError):  # a container's limit
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text())
+                       for name in ("max", "current"))
+        available = min(available, limit - used)
+    return available / local_processes()
 
 
 def commit() -> str:

@@ -122,7 +122,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_the_main_phase_starts_from_the_pretrained_backbone(tmp_path):
     out = run(tmp_path / "run", "--max-steps", 1, "--lr", 1e-30, "--pretrain-lr", 1e-30)
     torch.manual_seed(0)
-    fresh = train.build(json.loads((out / "config.json").read_text()), 9)
+    fresh = train.build(json.loads((out / "config.json").read_text()), 18)
     moved = [key for key, value in weights(out).items()
              if (value - fresh.state_dict()[key]).abs().max() > 1e-20]
     # nothing is learnt at this rate: both phases started from the seed's weights ...
@@ -610,7 +610,7 @@ def test_resume_refuses_other_data_and_what_is_not_the_last(tmp_path, finished, 
     saved = torch.load(finished / "last.pt", weights_only=True)
     for change, words in (
         (lambda s: s["classes"].__setitem__(1, "dodo"), "class 'dodo' is now"),
-        (lambda s: s["classes"].append("dodo"), "10 classes then, 9 now"),
+        (lambda s: s["classes"].append("dodo"), "19 classes then, 18 now"),
         (lambda s: s["data"].update(images=7), "7 training pictures then, 33 now"),
         (lambda s: s["data"].update(digest="x"), "other file names or labels"),
         (lambda s: s.pop("optimizer"), "holds no optimizer to resume with"),
@@ -626,8 +626,8 @@ def test_resume_refuses_other_data_and_what_is_not_the_last(tmp_path, finished, 
 
 def test_one_process_at_a_time_writes_into_a_run(tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    code = ("import sys, pathlib; from support.runs.folder import lock; "
-            "held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()")
+    code = ("import sys, pathlib; from support.runs.folder import hold\n"
+            "with hold(pathlib.Path(sys.argv[1]), None): print('held', flush=True); sys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
@@ -635,6 +635,7 @@ def test_one_process_at_a_time_writes_into_a_run(tmp_path, capsys):
     assert "another train.py is writing into" in line
     other.kill(), other.wait()
     run(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_resume_where_nothing_is_says_so(tmp_path, capsys):
@@ -807,31 +808,24 @@ def test_training_runs_without_docstrings_and_asserts(tmp_path):
     assert process.wait() == 0, process.stderr.read()
 
 
-def test_times_are_told_for_the_whole_run(tmp_path, monkeypatch, capsys):
-    minutes = iter(range(0, 60000, 60))
-    monkeypatch.setattr(train, "time", types.SimpleNamespace(perf_counter=lambda: next(minutes)))
-    run(tmp_path / "run")
-    told = [line for line in capsys.readouterr().out.splitlines() if "minutes to go" in line]
-    # a minute a step; 2 of 4 steps to go, then 8, then 10 + 10 images scored at half a step's cost
-    assert [line.split("about ")[1] for line in told] == [
-        f"{steps:.1f} minutes to go, evaluation included" for steps in (2 + 8 + 1.25, 6 + 1.25)]
+def test_times_are_told_for_the_whole_run_without_warm_up(tmp_path, monkeypatch, capsys):
+    minutes = iter([1000.0, *range(10000, 60000, 60)])  # the first steps take long
+    clock = types.SimpleNamespace(perf_counter=lambda: next(minutes), monotonic=time.monotonic)
+    monkeypatch.setattr(train, "time", clock)
+    run(tmp_path / "run", "--epochs", 3, "--pretrain-epochs", 0, "--limit-train", 32)
+    told, = [line for line in capsys.readouterr().out.splitlines() if "minutes to go" in line]
+    # two readings, an epoch's end at step 4 and step 6, are two minutes after step 3: 40 s a step;
+    # 6 of 12 steps to go, then 10 + 10 images scored at half a step's cost
+    assert told.split("about ")[1] == "4.8 minutes to go, evaluation included"
 
 
-def test_the_time_left_includes_what_follows(monkeypatch, capsys):
-    clock = iter(range(0, 4000, 40))
+def test_the_time_left_includes_what_follows_and_no_warm_up(monkeypatch, capsys):
+    clock = iter([0, *range(1000, 4000, 40)])
     monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
-    assert list(common.progress(range(4), "work", later=6)) == [0, 1, 2, 3]
+    assert list(common.progress(range(5), "work", later=6, warmup=1)) == [0, 1, 2, 3, 4]
     lines = capsys.readouterr().err.splitlines()
-    assert "1/4" in lines[0] and f"{(4 - 1 + 6) * 40} s left" in lines[0]
+    assert "2/5" in lines[0] and f"{(5 - 2 + 6) * 40} s left" in lines[0]
     assert lines[-1].endswith("160 s")
-
-
-def test_stuck_scores_are_said_once(capsys):
-    stuck = 0
-    for mean in [0.5] + [1e-4] * 45 + [0.5] + [0.999] * 19:
-        stuck = runs.count_stuck({"score_mean": mean}, stuck)
-    assert stuck == 19 and capsys.readouterr().out.count("scores are stuck") == 1
-    assert runs.count_stuck({"loss": 1.0}, 19) == 0  # a static head has no scores
 
 
 def test_one_class_alone_is_refused(tmp_path, capsys):

@@ -49,6 +49,11 @@ def load_whole(path: str | Path, img_size) -> tuple[np.ndarray, tuple[int, int]]
     return resize_view(picture, size, (0, 0, *size), img_size), size
 
 
+def load_wholes(paths: Iterable[str | Path], img_size) -> np.ndarray:
+    """load_whole's of several files: (n, H, W, 3) uint8."""
+    return np.stack([load_whole(path, img_size)[0] for path in paths])
+
+
 def check_images(paths: Iterable[str | Path], img_size, crop: int | None = None) -> list[Decoded]:
     """Each file decoded as load_image does to score it, without its picture, but with whether it is
     nearly black. Raises DataError.

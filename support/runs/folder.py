@@ -1,26 +1,33 @@
-"""A run folder of train.py: its processes, its lock, its signals, its log and how it resumes."""
+"""A run folder of train.py: processes and signals, one writer, checkpoints, how it resumes."""
 
 import contextlib
+import errno
 import fcntl
 import functools
+import hashlib
 import json
-import math
+import os
 import signal
 import sys
-from argparse import Namespace
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-import data
-from support.common import last_line, write_atomic
+from support.common import last_line, write_atomic, write_json
+from support.report.figures import is_ours
 from support.weights import read_weights
 
 PHASES = ("pretrain", "main")
-SCORES_STUCK = 20  # logged steps with a mean score below .01 or above .99
-FREE_FLAGS = ("out", "workers", "device", "eval_every", "checkpoint_every", "resume")  # may change
+# what may change on --resume; --arch says what --embed-dim, --depth and --num-heads say
+FREE_FLAGS = ("out", "workers", "cache", "device", "eval_every", "checkpoint_every", "arch")
+BY_CONTENT = ("root", "pretrained", "pretrained_digest")  # compared by what they hold
+STARTED = ("config.json", "log.jsonl")  # of a run: what it has before its first last.pt
+RESULTS = ("last.pt", "best.pt", "pretrained.pt", "metrics.json", "predictions.jsonl")
+PICTURES = ("gallery.png", "curve.png", "failures.png", "loss.png")
+GRACE = 20  # seconds that a step has to end after a signal
 
 
 # ---------------------------------------------------------------- processes and signals
@@ -31,77 +38,131 @@ def process() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+@functools.lru_cache
+def cpu_group():
+    return dist.new_group(backend="gloo")
+
+
+def any_process(*flags: bool) -> list[bool]:
+    """Of each flag whether any process has set it, agreed without waiting for a GPU."""
+    if process()[1] == 1:
+        return list(flags)
+    agreed = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX, cpu_group())
+    return agreed.bool().tolist()
+
+
 def say(text: str) -> None:
-    if process()[0] == 0:
+    """Prints a line, from one process. Raises OSError where standard output takes none."""
+    if process()[0] > 0:
+        return
+    try:
         print(text, flush=True)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # or python fails again when it ends
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 class Stop:
-    """Ctrl-C and SIGTERM: `asked` is set while `in_steps`, so that the loop ends after its step.
+    """Ctrl-C, SIGTERM and a terminal's end: `asked` is set while `in_steps`, so that the loop ends
+    after its step.
 
-    A second Ctrl-C, or either one elsewhere, is KeyboardInterrupt at once. A second SIGTERM is
-    none: torchrun forwards one after a Ctrl-C.
+    A second Ctrl-C, any of them elsewhere, or a step that does not end, is KeyboardInterrupt. A
+    second SIGTERM is none: torchrun forwards one after a Ctrl-C. Only a main thread gets signals.
     """
 
     def __init__(self):
         self.asked = self.in_steps = self.raised = False
+        self.former = {}
 
     def __enter__(self) -> "Stop":
-        self.former = {number: signal.signal(number, self.handle)
-                       for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
+            numbers.append(signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread():
+            self.former = {number: signal.signal(number, self.handle) for number in numbers}
+            self.former[signal.SIGALRM] = signal.signal(signal.SIGALRM, self.end)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.former.items():
+            signal.alarm(0)
             signal.signal(number, handler)
 
     def handle(self, number: int, _) -> None:
         again = self.asked or self.raised
-        if again and number == signal.SIGTERM:
+        if again and number != signal.SIGINT:
             return
         if again or not self.in_steps:
-            self.raised = True
-            raise KeyboardInterrupt
+            self.end()
         self.asked = True
+        signal.alarm(GRACE)
         if process()[0] == 0:
-            print("stopping after this step; Ctrl-C again: now", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("stopping after this step; Ctrl-C again: now", file=sys.stderr, flush=True)
 
-
-# ---------------------------------------------------------------- the data
-
-def load_data(flags: Namespace, has_val: bool) -> list:
-    """The train, val and test sets, val None where there is none; their notes are printed."""
-    load = functools.partial(
-        data.load_dataset, flags.data, flags.root, img_size=flags.img_size, seed=flags.seed,
-        species=flags.species or 9)
-    sets = [load(split="train", limit=flags.limit_train),
-            load(split="val", limit=flags.limit_test) if has_val else None,
-            load(split="test", limit=flags.limit_test)]
-    for note in dict.fromkeys(note for split in sets if split for note in split.notes):
-        say(f"note: {note}")
-    if len(sets[0].classes) < 2:
-        raise ValueError(f"{flags.root or flags.data}: one class alone teaches nothing: need two")
-    return sets
+    def end(self, *_) -> None:
+        signal.alarm(0)
+        self.raised = True
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- one writer
 
 
-def lock(out: Path):
-    """Holds the folder until the returned file is closed or the process ends, however it ends.
+@contextlib.contextmanager
+def hold(out: Path, resume: bool | str | None) -> Iterator[None]:
+    """Makes the folder and keeps other processes from writing into it until the end, however that
+    comes. What was made goes where nothing was written.
 
-    Raises ValueError where another process holds it. Loading processes do not inherit it.
+    Raises ValueError where another process holds it, or a file would be replaced that is not this
+    run's. Processes that load images do not inherit the lock.
     """
-    if process()[0] > 0:
-        return contextlib.ExitStack()  # rank 0 holds it for all
-    file = open(out / ".lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ValueError(f"--out: another train.py is writing into {out}: wait for its end, or "
-                         "give another folder") from None
-    return file
+    if process()[0] > 0:  # rank 0 holds it for all
+        yield
+        return
+    made, known = not os.path.lexists(out), (out / ".lock").exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"--out: another train.py is writing into {out}: wait for its "
+                                 "end, or give another folder") from None
+            say(f"note: {out} cannot be locked ({error.strerror}): start one train.py alone there")
+        try:
+            refuse(out, resume, known)
+            yield
+        finally:
+            if not known and not any(os.path.lexists(out / name) for name in STARTED):
+                (out / ".lock").unlink(missing_ok=True)
+                if made:
+                    with contextlib.suppress(OSError):
+                        out.rmdir()
+
+
+def refuse(out: Path, resume: bool | str | None, known: bool) -> None:
+    """Raises ValueError where this run would replace a file that is not its own.
+
+    known: train.py was here before, so that files of a run before its first last.pt are its own.
+    """
+    source = Path(resume) if isinstance(resume, str) else out / "last.pt"
+    continued = bool(resume) and source.parent.resolve() == out.resolve()
+    if os.path.lexists(out / "last.pt") and not continued:
+        raise ValueError(f"--out: {out} already holds a run: continue it with --resume, or give "
+                         "another folder")
+    if not continued or not os.path.lexists(source):
+        names = RESULTS if known else RESULTS + STARTED
+        for name in names:
+            if os.path.lexists(out / name):
+                raise ValueError(f"--out: {out / name} exists and no last.pt to continue: it is "
+                                 "not replaced: give another folder")
+    for name in PICTURES:
+        if os.path.lexists(out / name) and not is_ours(out / name):
+            raise ValueError(f"--out: {out / name} was not written by this project and is not "
+                             "replaced: give another folder")
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -122,59 +183,6 @@ def log(out: Path, entry: dict) -> None:
             file.write(json.dumps(entry) + "\n")
 
 
-def say_plan(phase: str, plan, images: int, first: int, config: dict) -> None:
-    say(f"{phase}: {images} images, {plan.total} steps of {plan.batch_size} images "
-        f"({process()[1]} processes x {config['accumulate']} micro-batches), learning rate "
-        f"{plan.peak:g} after {plan.warmup:.0f} steps, amp {config['amp']}, on {config['device']}"
-        + f", from step {first}" * bool(first))
-
-
-def log_epoch(out: Path, phase: str, epoch: int, step: int, running: dict,
-              batch_size: int, val_top1: float | None) -> None:
-    """Logs and says an epoch's mean loss and accuracy: on val, where it was measured."""
-    entry = {"phase": phase, "epoch": epoch, "step": step,
-             "mean_loss": running["loss"] / running["steps"],
-             "train_top1": 100 * running["right"] / (running["steps"] * batch_size)}
-    accuracy = f"training accuracy {entry['train_top1']:.1f} %"
-    if val_top1 is not None:
-        entry["val_top1_cls"] = val_top1
-        accuracy += f", val top-1 accuracy {val_top1:.1f} %"
-    log(out, entry)
-    say(f"{phase} epoch {epoch + 1}: step {step}, mean loss {entry['mean_loss']:.3f}, {accuracy}")
-
-
-def score_spread(sums: list[float], images: int) -> dict:
-    """Of the scores' sums and squares (2G): mean over images and kernels, spread over images."""
-    if not sums:
-        return {}
-    mean, square = np.array(sums).reshape(2, -1) / images
-    spread = np.sqrt(np.maximum(square - mean**2, 0))
-    return {"score_mean": float(mean.mean()), "score_std": float(spread.mean())}
-
-
-def count_stuck(found: dict, stuck: int) -> int:
-    """How many logged steps in a row the mean score was at an end; says so once."""
-    if 0.01 <= found.get("score_mean", 0.5) <= 0.99:
-        return 0
-    if stuck + 1 == SCORES_STUCK:
-        say("note: the CDM's scores are stuck at 0 or 1, so its kernels no longer differ "
-            "between images: a smaller --lr helps")
-    return stuck + 1
-
-
-def check_finite(found: dict, where: str, last: Path, paths: list[str], scaled: bool) -> None:
-    """Raises FloatingPointError for a loss or gradient that is no number.
-
-    scaled: fp16's scaler leaves out a step whose gradient overflows, so that one may pass.
-    """
-    if math.isfinite(found["loss"]) and (math.isfinite(found["grad_norm"]) or scaled):
-        return
-    kept = f"the last good state stays in {last}; " * last.exists()
-    raise FloatingPointError(
-        f"{where}: loss {found['loss']}, gradient norm {found['grad_norm']}, learning rate "
-        f"{found['lr']:.3g}: not finite; {kept}images of this batch: {', '.join(paths)}")
-
-
 def read_log(out: Path) -> list[dict]:
     """The entries of log.jsonl; a line cut short by a kill is left out."""
     entries, path = [], out / "log.jsonl"
@@ -186,16 +194,29 @@ def read_log(out: Path) -> list[dict]:
     return entries
 
 
-def cut_log(out: Path, saved: dict | None) -> None:
-    """Keeps the entries that the checkpoint knows of: later ones will be computed again."""
+def begin(out: Path, saved: dict | None, config: dict) -> None:
+    """Writes config.json, and of the log what the checkpoint knows: later lines come again."""
+    if process()[0] > 0:
+        return
+    if saved:
+        adopt(saved, out)
     kept = [entry for entry in read_log(out) if saved and
             (PHASES.index(entry["phase"]), entry["step"])
             <= (PHASES.index(saved["phase"]), saved["step"])]
     text = "".join(json.dumps(entry) + "\n" for entry in kept)
     write_atomic(out / "log.jsonl", lambda file: file.write(text.encode()))
+    write_json(out / "config.json", config)
 
 
 # ---------------------------------------------------------------- resuming
+
+
+def digest_of(file: str | None) -> str | None:
+    """A hash of what a file holds; None where there is none, or it is yet to be downloaded."""
+    if not file or not os.path.isfile(file):
+        return None
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | None:
@@ -203,15 +224,10 @@ def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | Non
 
     Raises ValueError where it cannot be continued with these flags.
     """
-    last = out / "last.pt"
-    path = Path(resume) if isinstance(resume, str) else last
-    elsewhere = path.parent.resolve() != out.resolve()
-    if last.exists() and (elsewhere or not resume):
-        raise ValueError(f"--out: {out} already holds a run: continue it with --resume, or give "
-                         "another folder")
+    path = Path(resume) if isinstance(resume, str) else out / "last.pt"
     if not resume:
         return None
-    if resume is True and not last.exists():
+    if resume is True and not os.path.lexists(path):
         say(f"--resume: no run in {out} yet: this one starts afresh")
         return None
     saved = read_weights(path)
@@ -221,19 +237,25 @@ def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | Non
         raise ValueError(f"{path}: no phase, config or step in it: need a last.pt of train.py")
     if "optimizer" not in saved:
         raise ValueError(f"{path}: holds no optimizer to resume with: need the run's last.pt")
+    former = saved["config"]
     if config["epochs"] is None:  # chosen by the number of pictures, which must be the same
-        config["epochs"] = saved["config"].get("epochs")
-    differences = [
-        f"--{name.replace('_', '-')} was {saved['config'].get(name)!r}, is {value!r}"
-        for name, value in config.items()
-        if name not in FREE_FLAGS and saved["config"].get(name) != value]
+        config["epochs"] = former.get("epochs")
+    differing = [name for name, value in config.items()
+                 if name not in FREE_FLAGS + BY_CONTENT and former.get(name) != value]
+    # a file of weights that is gone or not yet downloaded has its name alone
+    one, other = ((c.get("pretrained"), c.get("pretrained_digest")) for c in (former, config))
+    if one[1] != other[1] if one[1] and other[1] else one[0] != other[0]:
+        differing.append("pretrained")
+    differences = [f"--{name.replace('_', '-')} was {former.get(name)!r}, is {config[name]!r}"
+                   + " (other contents)" * (former.get(name) == config[name])
+                   for name in differing]
     if differences:
         raise ValueError(f"--resume: flags differ from those of {path}: {'; '.join(differences)}")
     return saved | {"path": path}
 
 
 def restore(saved: dict, model, optimizer, scaler) -> tuple[int, dict, dict]:
-    """Puts a checkpoint's state back; returns its step, its metrics and its epoch's sums."""
+    """Puts a checkpoint's state back; returns its step, its metrics and its steps' figures."""
     try:
         model.load_state_dict(saved["model"])
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
@@ -241,7 +263,8 @@ def restore(saved: dict, model, optimizer, scaler) -> tuple[int, dict, dict]:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         torch.set_rng_state(saved["rng"])
-        return int(saved["step"]), dict(saved["metrics"]), dict(saved["running"])
+        running = {key: list(saved["running"][key]) for key in ("line", "epoch")}
+        return int(saved["step"]), dict(saved["metrics"]), running
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{saved['path']}: cannot go on from its state: {last_line(error)}") from None

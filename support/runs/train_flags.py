@@ -3,8 +3,8 @@
 import os
 from argparse import BooleanOptionalAction, Namespace
 
-from support.common import (AMP, Parser, choose_amp, img_size_flag, number, open_device,
-                            threshold_flag)
+from support.common import (AMP, Parser, choose_amp, environment, img_size_flag, number,
+                            open_device, threshold_flag)
 
 
 def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace, Parser]:
@@ -27,11 +27,14 @@ def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace,
         choices=recipes, default="synthetic")
     add(to, "--root", "folder of the data set; the synthetic birds need none")
     add(to, "--species", "how many kinds of birds, up to 45: beyond 9 the wing counts as well "
-        "as the head (default: 9)", type=number(int, 2, 46))
+        "as the head", type=number(int, 2, 46))
     add(to, "--limit-train", "keep that many training images, spread evenly", type=positive)
     add(to, "--limit-test", "keep that many test and val images", type=positive)
     add(to, "--workers", "processes that load images (default: 8 on a GPU, 0 on a CPU)",
         type=number(int, 0, 1000))
+    add(to, "--cache", "hold the training split decoded on the device: on, off, or auto, where it "
+        "takes at most a quarter of the free memory (default: auto)",
+        choices=("auto", "on", "off"), default="auto")
     to = group("model")
     add(to, "--arch", "DeiT's sizes: --embed-dim, --depth and --num-heads at once",
         choices=archs)
@@ -56,6 +59,8 @@ def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace,
     add(to, "--epochs", "passes over the training images; folder: by their number", type=positive)
     add(to, "--max-steps", "stop the main phase after that many steps", type=positive)
     add(to, "--pretrain-epochs", "epochs with a token head first", type=number(int, 0, 10**9))
+    add(to, "--patch-loss", "pretraining also classifies the patch tokens' mean, or each of them",
+        choices=("none", "mean", "each"))
     add(to, "--palette-label", "pretrain the birds on their body's palette too (default: yes)",
         action=BooleanOptionalAction, default=True)
     add(to, "--batch-size", "images per step, over all processes", type=positive)
@@ -63,7 +68,8 @@ def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace,
         type=positive, default=1)
     add(to, "--lr", "peak learning rate of head and final norm, never rescaled", type=above_zero)
     add(to, "--pretrain-lr", "the same for the pretraining epochs", type=above_zero)
-    add(to, "--layer-decay", "each block's rate is the next one's times this", type=above_zero)
+    add(to, "--layer-decay", "each block's rate is the next one's times this, the "
+        "embeddings' the first block's", type=above_zero)
     add(to, "--freeze-blocks", "that many first blocks and the embeddings stay as they are; "
         "folder: half of a pretrained backbone's", type=number(int, 0, 1000))
     add(to, "--weight-decay", "on all but biases, norms and embeddings", type=number(float, 0))
@@ -78,8 +84,9 @@ def read_flags(argv: list[str] | None, recipes: dict, archs) -> tuple[Namespace,
     add(to, "--device", "cpu, cuda, cuda:1, mps (default: cuda where there is one)")
     add(to, "--amp", "mixed precision (default: auto, bf16 or fp16 on a GPU, off on a CPU)",
         choices=("auto", *AMP), default="auto")
-    add(to, "--compile", "train through torch.compile, which needs a C++ compiler on a CPU",
-        action="store_true")
+    add(to, "--compile", "train through torch.compile: auto on one GPU in bf16, without "
+        "--accumulate, for 1,000 steps or more; it needs a C++ compiler (default: auto)",
+        choices=("auto", "on", "off"), default="auto")
     add(to, "--resume", "continue the run in --out, or from FILE", nargs="?", const=True,
         metavar="FILE")
     to = group("output")
@@ -98,6 +105,8 @@ def fill_in(flags: Namespace, parser: Parser, recipe: dict, archs) -> None:
     if flags.arch or recipe["arch"]:
         recipe["arch"] = flags.arch or recipe["arch"]
         recipe |= zip(("embed_dim", "depth", "num_heads"), archs[recipe["arch"]])
+    if flags.data != "synthetic" and flags.species:
+        parser.error("--species: of the synthetic birds alone")
     for name, value in recipe.items():
         if getattr(flags, name) is None:
             setattr(flags, name, value)
@@ -109,11 +118,9 @@ def fill_in(flags: Namespace, parser: Parser, recipe: dict, archs) -> None:
         parser.error(f"--freeze-blocks: got {frozen}, the model has {flags.depth} blocks")
     if flags.data == "synthetic" and flags.root:
         parser.error("--root: the synthetic birds are drawn, not read: leave it out or give --data")
-    if flags.data != "synthetic" and flags.species:
-        parser.error("--species: of the synthetic birds alone")
     if flags.data != "synthetic" and not flags.root:
         parser.error(f"--root: missing, --data {flags.data} needs its folder")
-    if flags.batch_size < (parts := int(os.environ.get("WORLD_SIZE", 1)) * flags.accumulate):
+    if flags.batch_size < (parts := environment("WORLD_SIZE", 1) * flags.accumulate):
         parser.error(f"--batch-size: {flags.batch_size} images do not split into {parts} parts")
     try:
         device = open_device(flags.device)
