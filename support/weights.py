@@ -241,7 +241,9 @@ def convert(state: dict[str, Tensor], about: dict) -> list[str]:
 
 
 def read_state(content: dict, source: str) -> tuple[dict[str, Tensor], list[str], dict]:
-    """A file's state dict in this project's conventions, what that changed, what the file states."""
+    """A file's state dict in this project's conventions, the names of what that changed, and what
+    the file states.
+    """
     state, about = find_state(content, source), find_statements(content, source)
     return state, convert(state, about), about
 

@@ -38,6 +38,19 @@ def noise(seed, size=(24, 20)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8))
 
 
+def block_picture(size, block):
+    """Black, with a white block (x0, y0, x1, y1)."""
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[block[1]:block[3], block[0]:block[2]] = 255
+    return Image.fromarray(pixels)
+
+
+def where_white(image):
+    """(x0, y0, x1, y1) of what is brighter than the middle grey in an image (3, H, W)."""
+    rows, columns = np.nonzero(image.numpy().mean(0) > 127)
+    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+
+
 # ---------------------------------------------------------------- data sets in small
 
 CUB_CLASSES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross")

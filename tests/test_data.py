@@ -1,10 +1,8 @@
 import multiprocessing
 import random
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from helpers import (CUB_CLASSES, WNIDS, error_of, noise, picture, same_samples, write_ilsvrc, xml)
+from helpers import (CUB_CLASSES, WNIDS, block_picture, error_of, noise, picture, same_samples,
+                     where_white, write_ilsvrc, xml)
 from support.pictures import birds
-from support.pictures import decode as pictures
 
 SCRIPT = Path(data.__file__)
 # pytest undoes the filter of support/pictures.py
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 quick = settings(max_examples=60, deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def block_picture(size, block):
-    """Black, with a white block (x0, y0, x1, y1)."""
-    pixels = np.zeros((size[1], size[0], 3), np.uint8)
-    pixels[block[1]:block[3], block[0]:block[2]] = 255
-    return Image.fromarray(pixels)
-
-
-def where_white(image):
-    """(x0, y0, x1, y1) of what is brighter than the middle grey in an image (3, H, W)."""
-    rows, columns = np.nonzero(image.numpy().mean(0) > 127)
-    return np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
 
 
 def to_input(box, view, img_size):
@@ -224,217 +209,6 @@ def test_images_are_normalised_by_imagenets_statistics():
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
     expected = (images.movedim(2, -1).numpy() / 255 - mean) / std
     assert np.allclose(normalised.movedim(2, -1), expected, atol=1e-6)
-
-
-# ---------------------------------------------------------------- Image files
-
-ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
-
-
-def as_palette(image):
-    return image.convert("P", palette=Image.Palette.ADAPTIVE)
-
-
-@pytest.mark.parametrize("make, suffix, expected", [
-    (lambda: Image.new("L", (4, 4), 77), "png", (77, 77, 77)),
-    (lambda: Image.new("1", (4, 4), 1), "png", (255, 255, 255)),
-    (lambda: Image.new("LA", (4, 4), (0, 51)), "png", (204, 204, 204)),  # on white
-    (lambda: Image.new("RGBA", (4, 4), (10, 20, 30, 255)), "png", (10, 20, 30)),
-    (lambda: Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "png", (255, 255, 255)),
-    (lambda: as_palette(Image.new("RGB", (4, 4), (200, 100, 50))), "png", (200, 100, 50)),
-    (lambda: as_palette(Image.new("RGB", (4, 4), (200, 100, 50))), "gif", (200, 100, 50)),
-    (lambda: Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "jpg", (254, 0, 0)),
-    (lambda: Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "tiff", (255, 0, 0)),
-    (lambda: Image.fromarray(np.full((4, 4), 32896, np.uint16)), "png", (128, 128, 128)),
-    # 16 bits, however dark
-    (lambda: Image.fromarray(np.full((4, 4), 300, np.uint16)), "tiff", (1, 1, 1)),
-    (lambda: Image.fromarray(np.full((4, 4), 32896, np.int32)), "tiff", (128, 128, 128)),
-    (lambda: Image.fromarray(np.full((4, 4), 200, np.int32)), "tiff", (200, 200, 200)),
-    (lambda: Image.fromarray(np.full((4, 4), 0.5, np.float32)), "tiff", (128, 128, 128)),
-    (lambda: Image.fromarray(np.full((4, 4), 200, np.float32)), "tiff", (200, 200, 200)),
-    (lambda: Image.fromarray(np.full((4, 4), np.nan, np.float32)), "tiff", (0, 0, 0)),
-    (lambda: Image.new("YCbCr", (16, 16), (128, 128, 128)), "jpg", (128, 128, 128)),
-    (lambda: Image.new("RGB", (1, 1), (9, 8, 7)), "png", (9, 8, 7)),
-    (lambda: Image.new("RGB", (1, 9000), (9, 8, 7)), "png", (9, 8, 7)),
-])
-def test_any_mode_becomes_rgb(tmp_path, make, suffix, expected):
-    image = make()
-    image.save(tmp_path / f"a.{suffix}")
-    read = data.open_image(tmp_path / f"a.{suffix}")
-    assert read.mode == "RGB" and read.size == image.size
-    assert np.abs(np.asarray(read, int) - expected).max() <= 3 * (suffix == "jpg")
-    assert data.load_image(tmp_path / f"a.{suffix}", 16)[0].shape == (3, 16, 16)
-
-
-def test_sixteen_bits_are_scaled_in_either_byte_order(tmp_path):
-    Image.fromarray(ramp).save(tmp_path / "little.tiff")
-    (tmp_path / "big.pgm").write_bytes(b"P5 8 8 65535\n" + ramp.astype(">u2").tobytes())
-    for name in ("little.tiff", "big.pgm"):
-        grey = np.asarray(data.open_image(tmp_path / name))[..., 0]
-        assert np.abs(grey - ramp / 257).max() <= 0.5 + 1e-6
-
-
-def test_of_an_animation_the_first_frame_is_read(tmp_path):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    for name in ("a.gif", "a.png", "a.webp", "a.tiff"):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-        assert np.abs(np.asarray(data.open_image(tmp_path / name), int) - (255, 0, 0)).max() < 8
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
-def test_exif_orientation_is_undone(tmp_path, orientation, suffix):
-    """The stored rows and columns are the upright picture's, turned as the tag says; the draft must
-    not mix them up.
-    """
-    upright = block_picture((400, 240), (40, 24, 160, 96))
-    # the inverse Transpose
-    stored = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}[orientation]
-    image = upright
-    for step in stored:
-        image = image.transpose(step)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / f"a.{suffix}", exif=exif)
-    read = data.open_image(tmp_path / f"a.{suffix}")
-    assert read.size == (400, 240)
-    assert np.abs(np.asarray(read, int) - np.asarray(upright)).mean() < 2
-    image, view, size = data.load_image(tmp_path / f"a.{suffix}", (24, 40))
-    assert size == (400, 240) and view == (0, 0, 400, 240)
-    assert np.abs(where_white(image) - (4, 2.4, 16, 9.6)).max() < 1
-    if suffix == "jpg":
-        assert pictures.decode(tmp_path / "a.jpg", (100, 30))[0].size == (100, 60)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float32])
-@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
-def test_grey_tiffs_are_turned(tmp_path, orientation, dtype, compression):
-    """Of those without compression Pillow maps some into memory, at the wrong width."""
-    stored = np.zeros((24, 40), dtype)
-    stored[2:10, 4:16] = 65535 if dtype == np.uint16 else 255
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(stored).save(tmp_path / "a.tif", exif=exif, compression=compression)
-    turned = Image.fromarray((stored > 0).astype(np.uint8) * 255)
-    if orientation > 1:
-        turned = turned.transpose(pictures.TURNS[orientation])
-    read = data.open_image(tmp_path / "a.tif")
-    assert np.array_equal(np.asarray(read)[..., 0], np.asarray(turned))
-    found = pictures.decode(tmp_path / "a.tif")
-    assert (found.size, found.stored) == (turned.size, (40, 24))
-    assert found.orientation == orientation
-
-
-def exif_bytes(orientation, tag, kind, value, orientation_kind=3):
-    """EXIF of an orientation and one other tag, byte by byte, so that it can be wrong."""
-    orientation = struct.pack("<HHI", 0x0112, orientation_kind, 1) + struct.pack("<I", orientation)
-    other = struct.pack("<HHII", tag, kind, 1, 38)
-    rows = b"".join(sorted((orientation, other), key=lambda row: struct.unpack("<H", row[:2])))
-    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + rows + bytes(4) + value + bytes(32)
-
-
-ODD_EXIF = {  # EXIF, and whether its orientation 6 counts
-    "-1/0": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -1, 0)), True),
-    "1/0": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", 1, 0)), True),
-    "0/0": (exif_bytes(6, 0x011A, 5, bytes(8)), True),
-    "-2147483648/1": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -2**31, 1)), True),
-    "a resolution of letters": (exif_bytes(6, 0x011A, 2, b"abcdefgh"), True),
-    "a resolution that is NaN": (exif_bytes(6, 0x011A, 12, b"\xff" * 8), True),
-    "a date that is a number": (exif_bytes(6, 0x0132, 5, struct.pack("<ii", 1, 2)), True),
-    "an artist that is a ratio": (exif_bytes(6, 0x013E, 10, struct.pack("<ii", -1, 0)), True),
-    "an exposure of -1/0": (exif_bytes(6, 0x829A, 10, struct.pack("<ii", -1, 0)), True),
-    "a GPS block that lies nowhere": (exif_bytes(6, 0x8825, 4, bytes(8)), True),
-    "a tag of an unknown type": (exif_bytes(6, 0x9999, 77, bytes(8)), True),
-    "an orientation of four bytes": (exif_bytes(6, 0x011A, 5, bytes(8), 4), True),
-    "orientation 0": (exif_bytes(0, 0x011A, 5, bytes(8)), False),
-    "orientation 9": (exif_bytes(9, 0x011A, 5, bytes(8)), False),
-    "orientation 65535": (exif_bytes(65535, 0x011A, 5, bytes(8)), False),
-    "an orientation of letters": (exif_bytes(6, 0x011A, 5, bytes(8), 2), False),
-    "cut": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -1, 0))[:20], False),
-    "no EXIF inside": (b"Exif\0\0" + b"x" * 40, False),
-    "nothing inside": (b"Exif\0\0", False),
-}
-
-
-@pytest.mark.parametrize("case", ODD_EXIF)
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_a_picture_is_turned_by_its_orientation_however_odd_its_exif(tmp_path, case, suffix):
-    exif, counts = ODD_EXIF[case]
-    stored = block_picture((400, 240), (40, 24, 160, 96))
-    stored.save(tmp_path / f"a.{suffix}", exif=exif)
-    expected = stored.transpose(Image.Transpose.ROTATE_270) if counts else stored
-    read = data.open_image(tmp_path / f"a.{suffix}")
-    assert read.size == expected.size
-    assert np.abs(np.asarray(read, int) - np.asarray(expected)).mean() < 2
-    image, _, size = data.load_image(tmp_path / f"a.{suffix}", (40, 40))
-    assert size == expected.size
-    right = (40 * 144 / 240, 4, 40 * 216 / 240, 16) if counts else (4, 4, 16, 16)
-    assert np.abs(where_white(image) - right).max() < 1
-
-
-def test_jpegs_are_decoded_at_reduced_scale_but_not_below_the_target(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
-    original = Image.fromarray(noise).resize((1000, 750), Image.Resampling.BICUBIC)
-    original.save(tmp_path / "a.jpg", quality=95)
-    sizes = {n: pictures.decode(tmp_path / "a.jpg", (n, n)).picture.size
-             for n in (64, 93, 94, 224, 376, 800)}
-    assert sizes == {64: (125, 94), 93: (125, 94), 94: (250, 188), 224: (500, 375),
-                     376: (1000, 750), 800: (1000, 750)}
-    reduced = data.load_image(tmp_path / "a.jpg", 96)[0].permute(1, 2, 0).numpy().astype(float)
-    full = data.open_image(tmp_path / "a.jpg").resize((96, 96), Image.Resampling.BILINEAR)
-    full = np.asarray(full, float)
-    assert np.abs(reduced - full).mean() < 1.5
-
-
-def bomb():
-    def chunk(kind, body):
-        sealed = kind + body
-        return struct.pack(">I", len(body)) + sealed + struct.pack(">I", zlib.crc32(sealed))
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
-    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 1000)),
-              chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-@pytest.mark.parametrize("content", [
-    b"", b"\xff\xd8", b"<!DOCTYPE html><html></html>", b"GIF89a", bytes(range(256)), bomb(),
-], ids=["empty", "start", "html", "gif", "bytes", "bomb"])
-def test_what_is_no_image_is_named(tmp_path, content):
-    file = tmp_path / "odd name é.JPG"
-    file.write_bytes(content)
-    error_of(lambda: data.open_image(file), file, "cannot be read as an image")
-
-
-def test_missing_truncated_and_folders(tmp_path):
-    error_of(lambda: data.open_image(tmp_path / "none.jpg"), tmp_path / "none.jpg", "no such")
-    error_of(lambda: data.open_image(tmp_path), tmp_path)
-    whole = tmp_path / "whole.jpg"
-    noise(0, (60, 60)).save(whole)
-    for suffix in ("jpg", "png", "tiff", "webp", "bmp"):
-        Image.open(whole).save(tmp_path / f"whole.{suffix}")
-        content = (tmp_path / f"whole.{suffix}").read_bytes()
-        (tmp_path / f"half.{suffix}").write_bytes(content[:len(content) // 2])
-        error_of(lambda: data.open_image(tmp_path / f"half.{suffix}"), tmp_path / f"half.{suffix}")
-
-
-@settings(quick, max_examples=150)
-@given(st.integers(0, 2**32), st.integers(1, 12),
-       st.sampled_from(["jpg", "png", "gif", "tiff", "webp"]))
-def test_corrupt_image_files_load_or_say_so(tmp_path, seed, edits, suffix):
-    rng, file = random.Random(seed), tmp_path / f"a.{suffix}"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.arange(40 * 30 * 3, dtype=np.uint8).reshape(30, 40, 3)).save(file, exif=exif)
-    content = bytearray(file.read_bytes())
-    for _ in range(edits):
-        at = rng.randrange(min(len(content), 400) if rng.random() < 0.5 else len(content))
-        content[at] = rng.randrange(256)
-    file.write_bytes(content[:rng.randrange(len(content))] if rng.random() < 0.2 else content)
-    try:
-        assert data.load_image(file, 16)[0].shape == (3, 16, 16)
-    except data.DataError as error:
-        assert str(file) in str(error) and "\n" not in str(error)
 
 
 # ---------------------------------------------------------------- CUB

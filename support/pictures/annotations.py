@@ -39,8 +39,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except (OSError, ValueError, LookupError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text, nor in an encoding that it declares "
-                        f"({error})") from None
+        raise DataError(f"{path}: cannot be read as UTF-8 text, nor in an encoding that it "
+                        f"declares ({error})") from None
     if not text.strip():
         raise DataError(f"{path}: empty file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -208,7 +208,7 @@ UNTOLD = ("images are turned or mirrored by EXIF in a way that no stated size sh
           "are taken as the upright picture's")
 SIDEWAYS = ("images turned by EXIF have boxes that reach beyond them but not beyond the picture as "
             "stored: needs boxes of the upright picture")
-DARK = ("images are nearly black, no value above 15 of 255, as 12-bit values in 16-bit files are: "
+DARK = ("images are nearly black, no value above 16 of 255, as 12-bit values in 16-bit files are: "
         "taken as they are")
 
 

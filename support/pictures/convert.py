@@ -7,12 +7,12 @@
           inside the box; <size> says in which frame
     yolo  a folder of text files, however deep: lines "<class> <x> <y> <width> <height>", the centre
           and the sides as shares of the upright picture, or "<class> <x> <y> <x> <y> ...", a
-          polygon; classes.txt or the names: of a YAML file, beside them or above, may name the classes
+          polygon; classes.txt or names: in a YAML file, beside them or above, may name the classes
 
 An annotation belongs to the picture below root that has its file's name; of several, to the one
 that shares most folder names with it. Where a picture's own folder is named like a class of the
-annotations, the boxes of that class alone are kept, as ILSVRC's are. Boxes are cut to their picture.
-What is no box is left out and counted.
+annotations, the boxes of that class alone are kept, as ILSVRC's are. Boxes are cut to their
+picture; what is no box is left out and counted.
 """
 
 import csv
@@ -176,7 +176,7 @@ def match(
 
 
 def placed(where: str, sides, boxes: list, decoded: Decoded, picture: Path) -> tuple[list, str]:
-    """(class, box) of a picture, brought into its upright frame. sides: the stated ones, or 0, 0."""
+    """(class, box) of a picture, brought into its upright frame. sides: the stated ones, or 0."""
     stated = read_size(*sides, where)
     try:
         rows, remark = place_boxes([box for _, box in boxes], stated, decoded)

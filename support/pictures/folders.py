@@ -15,8 +15,8 @@ from support.pictures.decode import DataError
 from support.report.figures import is_ours
 
 # endings of the files in which photographs come, of those that decode.FORMATS opens
-SUFFIXES = set(".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .mpo .pbm .pcx .pgm "
-               ".png .pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp".split())
+SUFFIXES = set(".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .mpo .pbm .pcx "
+               ".pgm .png .pnm .ppm .psd .qoi .sgi .tga .tif .tiff .webp".split())
 # of file managers, in any folder of pictures
 LITTER = {"thumbs.db", "ehthumbs.db", ".ds_store", "desktop.ini", "__macosx", "@eadir", "@recycle",
           "#recycle", "$recycle.bin", "system volume information", "lost+found", "icon\r"}

@@ -62,7 +62,7 @@ def check_images(paths: Iterable[str | Path], img_size, crop: int | None = None)
     for path in paths:
         decoded = decode(path, least)
         brightest = max(high for _, high in decoded.picture.getextrema())  # of 255
-        checked.append(decoded._replace(picture=None, dark=brightest < 16))
+        checked.append(decoded._replace(picture=None, dark=brightest <= 16))
     return checked
 
 
