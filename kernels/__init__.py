@@ -15,6 +15,7 @@ devices that do not fit raise ValueError, a backend that cannot run RuntimeError
 """
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_path
-from .checks import autocast, autocast_off, check_attention, check_classes, check_conv, check_dtypes
+from .checks import aligned, autocast, autocast_off, check_attention, check_classes, check_conv, check_dtypes
 
 __all__ = [
     "attention", "aggregate_attention", "dynamic_conv2d", "dynamic_conv_logits", "class_maps",
@@ -60,10 +61,12 @@ def attention(
             "attention: relation=True has no gradient, but q, k or v requires one: call it under "
             "torch.no_grad(), or give a materialised A to aggregate_attention"
         )
-    path = _path("rpam", "q", q, backend)
+    path = _path("q", q, backend)
     with autocast_off(q):
         if relation:
             return path.attention_relation(q, k, v)
+        if q.is_cuda:
+            q, k, v = aligned(q), aligned(k), aligned(v)
         return F.scaled_dot_product_attention(q, k, v), path.class_row(q, k), None
 
 
@@ -76,7 +79,7 @@ def aggregate_attention(attn: Tensor, *, backend: str | None = None) -> tuple[Te
     if attn.ndim != 4 or attn.shape[2] != attn.shape[3] or attn.shape[2] < 2:
         raise ValueError(f"attn: got shape {tuple(attn.shape)}, need (B, S, N+1, N+1), N >= 1")
     check_dtypes(attn=attn)
-    path = _path("rpam", "attn", attn, backend)
+    path = _path("attn", attn, backend)
     with autocast_off(attn):
         return path.aggregate_attention(attn)
 
@@ -93,7 +96,7 @@ def dynamic_conv2d(
     """
     x, weight, bias = autocast(x, weight, bias)
     check_conv(x, scores, weight, bias)
-    path = _path("cdm", "x", x, backend)
+    path = _path("x", x, backend)
     if _needs_grad(x, scores, weight, bias):
         path = torch_path
     with autocast_off(x):
@@ -117,7 +120,7 @@ def dynamic_conv_logits(
         raise ValueError(f'pool: got {pool!r}, need "gap" or "padded"')
     padded, (h, w) = pool == "padded", x.shape[2:]
     G, C, _, k, _ = weight.shape
-    path = _path("cdm", "x", x, backend)
+    path = _path("x", x, backend)
     with autocast_off(x):
         sums = path.window_sums(x, k, padded)  # P (B, D, k*k)
         logits = (sums.flatten(1) @ weight.reshape(G * C, -1).T).view(-1, G, C)
@@ -141,16 +144,18 @@ def class_maps(
     check_conv(x, scores, weight, bias)
     C, k = weight.shape[1], weight.shape[3]
     check_classes(classes, x, C)
-    path = _path("cdm", "x", x, backend)
+    path = _path("x", x, backend)
     if _needs_grad(x, scores, weight, bias):
         path = torch_path
-    B, K, size = x.shape[0], classes.shape[1], x.shape[2:]
+    taps, r = range(k), k // 2
     with autocast_off(x):
-        # Each position's product with every tap; fold adds them up where the mirrored taps point.
         products = path.class_products(x, scores, weight, classes)  # (B, K*k*k, h*w)
-        if K == 0:  # which fold refuses
-            return products.view(B, 0, *size).to(x.dtype)
-        maps = F.fold(products, size, k, padding=k // 2).to(x.dtype)
+        products = products.unflatten(1, (-1, k, k)).unflatten(-1, x.shape[2:])
+        # A position's product with the mirrored tap (u, v) belongs where that tap points: shift it
+        # there, zeros outside, and add up.
+        shifted = [F.pad(products[:, :, u, v], (v - r, r - v, u - r, r - u))
+                   for u in taps for v in taps]  # k*k times (B, K, h, w)
+        maps = functools.reduce(torch.add, shifted).to(x.dtype)
         return maps if bias is None else maps + bias[classes.clamp(0, C - 1)][:, :, None, None]
 
 
@@ -170,21 +175,18 @@ def _runs_triton(backend: str | None, name: str, tensor: Tensor) -> bool:
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{name}: got {tensor.dtype}, the Triton kernels need float32, float16 or "
                          'bfloat16: convert it, or use backend="torch"')
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        from . import interpreter
-        interpreter.enable()
-    elif tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"{name}: got a CPU tensor, the Triton backend needs CUDA tensors, or "
                            "TRITON_INTERPRET=1 set before python starts")
     return True
 
 
-def _path(file: str, name: str, tensor: Tensor, backend: str | None):
-    """The module that computes. Triton's are imported only here, so that a CPU needs no triton."""
+def _path(name: str, tensor: Tensor, backend: str | None):
+    """The module that computes. `name` and `tensor`: the argument that an error is about."""
     if not _runs_triton(backend, name, tensor):
         return torch_path
-    from . import cdm, rpam
-    return rpam if file == "rpam" else cdm
+    from . import triton_path  # here, so that a CPU needs no triton
+    return triton_path
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

@@ -125,17 +125,17 @@ def least_bytes(shape: Shape, itemsize: int) -> dict[str, dict[str, int]]:
             attn=B * S * T * T * e, cls_attn=B * T * 4, grad_relation=B * N * 4,
             grad_cls_weight=B * T * 4, grad_attn=B * (T - 1) * T * e,  # row 0 follows
         ),
-        "class_row_kernel": dict(q=row, k=qkv, scores=head_rows),
+        "class_row_kernel": dict(q=row, k=qkv, cls_attn=B * T * 4, rows=head_rows),
         "class_row_backward_kernel": dict(
-            q=row, k=qkv, grad_scores=head_rows, grad_q=row, grad_k=qkv,
+            q=row, k=qkv, grad_cls=B * T * 4, rows=head_rows, grad_q=row, grad_k=qkv,
         ),
         "SDPA": dict(q=qkv, k=qkv, v=qkv, out=qkv),  # torch's fused attention
         "SDPA, backward": dict(q=qkv, k=qkv, v=qkv, out=qkv, grad=qkv, dq=qkv, dk=qkv, dv=qkv),
         "one_pass_kernel": dict(
-            q=qkv, k=qkv, v=qkv, cls_attn=B * T * 4, out=qkv, partial=head_rows,
+            q=qkv, k=qkv, v=qkv, cls_attn=B * T * 4, out=qkv, columns=head_rows,
         ),
         "attention_kernel": dict(
-            q=qkv, k=qkv, v=qkv, out=qkv, lse=head_rows, cls_scores=head_rows,
+            q=qkv, k=qkv, v=qkv, out=qkv, lse=head_rows, cls_logits=head_rows,
         ),
         "relation_kernel": dict(
             q=qkv, k=qkv, lse=head_rows, cls_attn=B * T * 4, columns=head_rows,
@@ -209,9 +209,7 @@ def recorded_launches(shape: Shape, dtype: torch.dtype, target: str = "sm_90") -
     """(kernel, its arguments by name) of every launch of every case, on CPU tensors; none runs."""
     from triton.runtime.jit import JITFunction
 
-    from kernels import rpam
-
-    launches, capability = [], 9 if target == "sm_90" else 0
+    launches = []
 
     def record(self, *args, grid, warmup, **kwargs):
         launches.append((self, dict(zip(self.arg_names, args)) | kwargs))
@@ -219,7 +217,6 @@ def recorded_launches(shape: Shape, dtype: torch.dtype, target: str = "sm_90") -
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(kernels, "_runs_triton", return_value=True),
-        mock.patch.object(rpam, "_capability", return_value=capability),
         mock.patch.object(torch.version, "hip", "6" if target.startswith("gfx") else None),
     ):
         for case in cases(shape, dtype).values():

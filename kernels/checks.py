@@ -9,7 +9,7 @@ from torch import Tensor
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast all of them in its dtype, but for float64: as for the operands of matmul."""
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
 
@@ -23,9 +23,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Within it torch rounds no sum or map to autocast's dtype."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):  # the meta device
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def check_dtypes(**tensors: Tensor | None) -> None:
@@ -77,3 +75,14 @@ def check_classes(classes: Tensor, x: Tensor, C: int) -> None:
         low, high = classes.min().item(), classes.max().item()
         if low < 0 or high >= C:
             raise ValueError(f"classes: got ids from {low} to {high}, need 0 to {C - 1}")
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if need be, so that each row of its last dimension starts at 16 bytes.
+
+    torch's fused attention on CUDA stops at other strides ("no kernel found to launch").
+    """
+    step = 16 // tensor.itemsize
+    starts = (*tensor.stride()[:-1], tensor.storage_offset())
+    fits = tensor.stride(-1) == 1 and not any(start % step for start in starts)
+    return tensor if fits else tensor.contiguous()

@@ -1,4 +1,12 @@
-"""How every Triton kernel of this package is launched, addresses, and rounds its products."""
+"""How every Triton kernel of this package is launched, addresses, and rounds its products.
+
+A kernel becomes an operator of torch by torch.library.custom_op, so that torch.compile and
+torch.export take it as one node instead of tracing into its launch. Such an operator has up to
+seven parts: the function that launches the kernel, and the same for its gradient; register_fake for
+each, which gives shapes, dtypes and strides without data; what the forward pass saves and how the
+gradient is called with it; and register_autograd, which joins these. rpam.py and cdm.py keep the
+last five at their ends.
+"""
 
 import torch
 from torch import Tensor
@@ -20,9 +28,10 @@ def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
 
 
 def short_offsets(name: str, tensor: Tensor, outer: int) -> Tensor:
-    """The tensor, copied if need be, so that 32 bits hold each offset inside its inner dimensions.
+    """The tensor such that an index within its dimensions from `outer` on has a 32-bit offset.
 
-    A kernel adds the offsets of the `outer` first dimensions to its pointers, in 64 bits.
+    Copied where its strides are too long. Raises ValueError where it has too many elements. What
+    remains, the offset of the first `outer` dimensions, a kernel computes in 64 bits.
     """
 
     def reach(t: Tensor) -> int:

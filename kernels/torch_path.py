@@ -47,7 +47,7 @@ def attention_relation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor,
     for first in [0] if dynamic else range(0, B, images):
         b = slice(first, first + images)
         for s in range(S):
-            attn = (q[b, s] @ k[b, s].mT).softmax(-1)  # (images, T, T)
+            attn = (q[b, s] @ k[b, s].transpose(1, 2)).softmax(-1)  # (images, T, T)
             out[b, s] = attn.to(v.dtype) @ v[b, s]
             columns[b] += (cls_attn[b, None] @ attn)[:, 0]  # sum_i M^c[i] A_s[i, j]
     return out, cls_attn, columns[:, 1:] / (S * T)
@@ -113,4 +113,5 @@ def class_products(x: Tensor, scores: Tensor, weight: Tensor, classes: Tensor) -
     scores = scores.to(x.dtype).view(B, G, 1, 1, 1, 1)
     kernels = sum(scores[:, g] * weight[g, classes] for g in range(G))  # (B, K, D, k, k)
     kernels = kernels.where(known, float("nan")).flip(3, 4)
-    return (x.flatten(2).mT @ kernels.transpose(2, 1).flatten(2)).mT  # (B, h*w, D) @ (B, D, K*k*k)
+    pairs = kernels.transpose(1, 2).flatten(2)  # (B, D, K*k*k)
+    return (x.flatten(2).transpose(1, 2) @ pairs).transpose(1, 2)  # (B, h*w, D) @ (B, D, K*k*k)

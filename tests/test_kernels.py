@@ -314,8 +314,8 @@ def test_operators_pass_torchs_own_checks():
     for operator, inputs in (
         (rpam.aggregate_attention, arguments("aggregate_attention")),
         (rpam.attention_relation, (q, k, v)),
-        (rpam.class_scores, (q[:, :, 0].requires_grad_(), k.clone().requires_grad_())),
-        (rpam.class_scores_backward, (torch.randn(2, 2, 35), q[:, :, 0], k)),
+        (rpam.class_rows, (q[:, :, 0].requires_grad_(), k.clone().requires_grad_())),
+        (rpam.class_rows_backward, (torch.randn(2, 35), torch.rand(2, 2, 35), q[:, :, 0], k)),
         (cdm.dynamic_conv2d, (x, scores, weight, bias)),
         (cdm.window_sums, (leaf_x, 3, True)),
         (cdm.window_sums_backward, (torch.randn(2, 9, 9), 3, 5, 3, False)),
