@@ -456,7 +456,7 @@ def test_gradient_of_pooled_images_beyond_32_bits(far):
     room = far(torch.zeros(3, rows, D).half(), 0)
     with in_bounds():
         cdm.window_sums_backward_kernel[(3, 1, 1)](
-            grad, room, D, H, W, 3, False, BLOCK_D=D, BLOCK_P=rows, BLOCK_T=16, PRECISION="ieee")
+            grad, room, D, H, W, 3, False, BLOCK_D=D, BLOCK_P=rows, BLOCK_TAP=16, PRECISION="ieee")
     first, _, third = room.as_strided((3, rows, D), (H * W * D, D, 1))
     assert first.any() and torch.equal(first, third)
 
