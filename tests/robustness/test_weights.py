@@ -328,8 +328,8 @@ def test_what_this_model_does_not_compute_is_named(tmp_path, convention, load):
 
 
 def test_the_lines_of_the_page_let_a_file_say_what_its_inputs_were(tmp_path, monkeypatch):
-    """docs/faults.md gives them for networks like timm's augreg."""
-    page = (ROOT / "docs/faults.md").read_text()
+    """docs/troubleshooting.md gives them for networks like timm's augreg."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
     lines = next(block for block in re.findall(r"(?:^ {4}.*\n)+", page, re.MULTILINE)
                  if "augreg" in block)
     monkeypatch.chdir(tmp_path)
@@ -337,7 +337,7 @@ def test_the_lines_of_the_page_let_a_file_say_what_its_inputs_were(tmp_path, mon
     torch.save(theirs.state_dict(), "augreg.pth")
     exec(textwrap.dedent(lines), {})  # noqa: S102
     ours = VisionTransformer(embed_dim=D, depth=1, num_heads=6)
-    load_pretrained(ours, "said.pth")
+    load_pretrained(ours, "stated.pth")
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     equal(ours.embed(normalise(pixels)), theirs.embed(pixels / 127.5 - 1))
