@@ -47,7 +47,6 @@ from support.boxes import (baseline_iou, box_iou, boxes_and_iou, enlarge, larges
                            to_input)
 from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
                             write_atomic, write_json, write_text)
-from support.pictures.annotations import nfc
 from support.pictures.folders import find_images
 from support.report.failures import FAILURES, HIT, failure_groups, failure_kinds
 from support.report.figures import (Examples, class_name, draw_curve, draw_failures, draw_gallery,
@@ -594,8 +593,8 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
         classes=None if external else known)  # a folder of pictures to test on needs no train/
     classes = dataset.classes
     numbered = external and len(known) == len(classes)  # its file has no names to compare
-    if list(map(nfc, known)) != list(map(nfc, classes)) and not numbered:
-        i = next((i for i, (a, b) in enumerate(zip(known, classes)) if nfc(a) != nfc(b)),
+    if list(known) != list(classes) and not numbered:
+        i = next((i for i, (a, b) in enumerate(zip(known, classes)) if a != b),
                  min(len(known), len(classes)))
         names = [repr(c[i]) if i < len(c) else "nothing" for c in (known, classes)]
         raise ValueError(

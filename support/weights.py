@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.common import last_line, pair, printable
+from support.pictures.annotations import nfc
 from support.pictures.views import MEAN, STD
 
 # what a file raises whose content is of another kind
@@ -432,7 +433,7 @@ def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
     if missing:
         raise ValueError(f"{path}: config: lacks {', '.join(missing)}: need train.py's")
     check_config(config, checkpoint["classes"], state, path)
-    return checkpoint | {"model": state}
+    return checkpoint | {"model": state, "classes": list(map(nfc, checkpoint["classes"]))}
 
 
 def check_config(config: dict, classes: list, state: dict[str, Tensor], path: str) -> None:

@@ -38,6 +38,13 @@ def noise(seed, size=(24, 20)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8))
 
 
+def exif(orientation):
+    """EXIF with an orientation alone, for Image.save."""
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
 def block_picture(size, block):
     """Black, with a white block (x0, y0, x1, y1)."""
     pixels = np.zeros((size[1], size[0], 3), np.uint8)

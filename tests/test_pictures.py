@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image
 
 import data
-from helpers import block_picture, error_of, noise, picture, where_white
+from helpers import block_picture, error_of, exif, noise, picture, where_white
 from support.pictures import folders
 from support.pictures.decode import TURNS, decode
 from support.pictures.views import check_images
@@ -107,12 +107,6 @@ def test_of_an_animation_the_first_frame_is_read(tmp_path):
 # ---------------------------------------------------------------- EXIF's orientation
 
 INVERSE = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # Transposes
-
-
-def exif(orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

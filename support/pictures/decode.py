@@ -15,9 +15,9 @@ TURNS = dict(enumerate((  # EXIF's orientations from 2 on, and what makes them u
     Image.Transpose.ROTATE_90), 2))
 warnings.filterwarnings("ignore", module="PIL")  # what matters arrives as an exception
 
-# Pillow's formats that hold a picture in pixels: a file is opened as one of them, whatever its name.
-# Left out are documents (PostScript would start Ghostscript), films, and data that Pillow only
-# recognises (HDF5, GRIB).
+# Pillow's formats that hold a picture in pixels: a file is opened as one of them, whatever its
+# name. Left out are documents (PostScript would start Ghostscript), films, and data that Pillow
+# only recognises (HDF5, GRIB).
 Image.init()
 FORMATS = [name for name in (
     "JPEG PNG GIF BMP PPM WEBP TIFF AVIF JPEG2000 PSD QOI DDS ICNS ICO CUR DIB DCX PCX SGI SUN "

@@ -44,7 +44,7 @@ def read_cub(root: Path, split: str, limit: int | None) -> Samples:
         x, y, width, height = map(float, text.split())
         return parse_box(x, y, x + width, y + height)
 
-    classes = read_table(root / "classes.txt", "'<class id> <name>'", str)
+    classes = read_table(root / "classes.txt", "'<class id> <name>'", nfc)
     if classes.keys() != set(range(1, len(classes) + 1)):
         raise DataError(f"{root / 'classes.txt'}: found {len(classes)} ids from {min(classes)} to "
                         f"{max(classes)}, needs 1 to {len(classes)}")
@@ -178,7 +178,7 @@ def ilsvrc_classes(
     """The wnids in the order of their labels, and the names of their classes."""
     name = "LOC_synset_mapping.txt"
     mapping = first(root / name, root.resolve().parent / name)
-    table = read_table(mapping, "'<wnid> <words>'", str, str) if mapping else {}
+    table = read_table(mapping, "'<wnid> <words>'", nfc, str) if mapping else {}
     words = {wnid: text for wnid, (_, text) in table.items()}
     if given and (not mapping or words.keys() >= set(given)):
         return list(given), list(given)

@@ -13,19 +13,14 @@ from PIL import Image
 
 import data
 import evaluate
+import lctr
 import train
-from helpers import (WNIDS, call, error_of, make_cub, noise, picture, save_checkpoint,
+from helpers import (WNIDS, call, error_of, exif, make_cub, noise, picture, save_checkpoint,
                      script_error, write_ilsvrc, xml)
 from support.pictures import folders, views
 from support.pictures.annotations import read_objects
 
 BOX = (5, 10, 25, 35)
-
-
-def exif(orientation):
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
 
 
 def load(name, root, split="test", **options):
@@ -502,6 +497,8 @@ def test_a_class_has_one_name_in_either_form_of_unicode(tmp_path, train_name, te
         assert [(sample["label"], "zebra" in sample["path"]) for sample in dataset] == [
             (0, True), (1, False)]
     assert test[1]["boxes"].tolist() == [[1, 2, 30, 20]]
+    path = save_checkpoint(tmp_path / "best.pt", classes=["zebra", test_name])
+    assert lctr.load_checkpoint(path)[1]["classes"] == test.classes
     picture(tmp_path / "test" / (NFC if test_name == NFD else NFD) / "a.jpg")
     error_of(lambda: load("folder", tmp_path), "two Unicode forms")
 
