@@ -28,6 +28,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -173,8 +174,9 @@ def evaluate_model(
             "top5": localization.logits.topk(min(5, localization.logits.shape[1])).indices,
             "baseline": baseline_iou(ground_truth, model.img_size)}
         if couplings:
-            part |= evaluate_boxes(localization, ground_truth.to(device), model.img_size, couplings,
-                                   thresholds, gt_class)
+            with one_thread():
+                part |= evaluate_boxes(localization, ground_truth.to(device), model.img_size,
+                                       couplings, thresholds, gt_class)
         if keep_maps:
             part |= {"cls_map": localization.cls_map, "relation_map": localization.relation_map}
             if localization.class_maps is not None:
@@ -203,6 +205,23 @@ def now(device: str | torch.device) -> float:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For hundreds of small operations: to share each among threads costs more than it saves.
+
+    torch's number of threads is the whole process's, so only the main thread changes it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def localize(model: LCTR, images: Tensor, classes: Tensor, amp: str) -> Localization:
