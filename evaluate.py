@@ -47,7 +47,7 @@ from support import weights
 from support.boxes import (baseline_iou, box_iou, boxes_and_iou, enlarge, largest_boxes, to_image,
                            to_input)
 from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
-                            write_atomic, write_json, write_text)
+                            say, write_atomic, write_json, write_text)
 from support.pictures.folders import find_images
 from support.report.failures import FAILURES, HIT, failure_groups, failure_kinds
 from support.report.figures import (Examples, class_name, draw_curve, draw_failures, draw_gallery,
@@ -446,7 +446,7 @@ def localise_photographs(subject: "Subject", threshold: float, flags: Namespace)
     (paths, notes), entries, skipped = find_images(flags.images), [], []
     print_notes(notes)
     if not paths:
-        raise ValueError(f"--images: no picture in {', '.join(map(printable, flags.images))}")
+        raise FlagError(f"--images: no picture in {', '.join(map(printable, flags.images))}")
     files = [flags.out / name for name in output_names(paths)]
     claim({flags.out: [*(file.name for file in files), "boxes.json"]}, inputs=paths)
 
@@ -496,10 +496,10 @@ def localise_photographs(subject: "Subject", threshold: float, flags: Namespace)
                 entries.append(entry | ({"boxes": found} if len(found) > 1 else {}))
                 best = f"{classes[ranked[0][0]]} ({100 * ranked[0][1]:.1f} %), " if ranked else ""
                 box = " ".join(f"{v:.0f}" for v in found[coupling])
-                print(printable(f"{path} -> {file}: {best}box {box}"))
+                say(printable(f"{path} -> {file}: {best}box {box}"))
     finally:
         write_json(flags.out / "boxes.json", entries)
-    print(f"{len(entries)} pictures and boxes.json in {printable(flags.out)}"
+    say(f"{len(entries)} pictures and boxes.json in {printable(flags.out)}"
           + f", {len(skipped)} skipped" * bool(skipped))
     return int(bool(skipped))
 
@@ -527,7 +527,7 @@ def load(path: str, flags: Namespace) -> Subject:
         model, checkpoint = backbone(path, content, flags.img_size)
     config, classes = checkpoint["config"], checkpoint["classes"]
     if checkpoint["phase"] == "external" and classes:
-        print(f"{path}: sizes read off its shapes, {config['num_heads']} attention heads (64 "
+        say(f"{path}: sizes read off its shapes, {config['num_heads']} attention heads (64 "
               "channels each where the file does not say)")
     if flags.img_size and pair(flags.img_size) != model.img_size:
         state, grid = model.state_dict(), model.grid
@@ -559,10 +559,10 @@ def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tupl
     state, _, about = weights.read_state(content, path)
     config = weights.architecture(state, about, path) | {"head": "token"}
     model = build(1, config, img_size)  # its head is never looked at
-    print(f"{path}: no class was trained: attention alone, {config['depth']} blocks, "
+    say(f"{path}: no class was trained: attention alone, {config['depth']} blocks, "
           f"{config['num_heads']} attention heads (64 channels each where the file does not say), "
           f"input {' x '.join(map(str, model.img_size))}")
-    print(load_pretrained(model, path))
+    say(load_pretrained(model, path))
     return model, {"classes": [], "phase": "external",
                    "config": config | {"img_size": model.img_size}}
 
@@ -599,7 +599,7 @@ def choose_data(subjects: Sequence[Subject], flags: Namespace) -> None:
     for path, _, checkpoint, *_ in subjects:
         root = checkpoint["config"].get("root")
         if not given and root and os.path.realpath(root) != os.path.realpath(flags.root or ""):
-            print(f"note: {path} was trained on {printable(root)}, but all are evaluated on "
+            say(f"note: {path} was trained on {printable(root)}, but all are evaluated on "
                   f"{printable(flags.root or flags.data)}: --root chooses another")
 
 
@@ -627,7 +627,7 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
 def print_notes(notes: Sequence[str]) -> None:
     """What was left out, clipped or taken on trust in the data, each once."""
     for note in dict.fromkeys(notes):
-        print(f"note: {printable(note)}")
+        say(f"note: {printable(note)}")
 
 
 def choose_threshold(subject: Subject, flags: Namespace) -> tuple[float, str]:
@@ -669,8 +669,8 @@ def evaluate(flags: Namespace) -> int:
         # the threshold
         path, model, _, coupling, _ = subject
         threshold, source = choose_threshold(subject, flags)
-        print(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
-              f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}", flush=True)
+        say(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
+              f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}")
         if flags.images:
             return localise_photographs(subject, threshold, flags)
 
@@ -692,7 +692,7 @@ def evaluate(flags: Namespace) -> int:
         if flags.profile:
             n = len(dataset)
             forward, boxes = (1e3 * evaluation.seconds[part] / n for part in ("forward", "boxes"))
-            print(f"{name}: per image {forward:.2f} ms for the forward pass, {boxes:.2f} ms for "
+            say(f"{name}: per image {forward:.2f} ms for the forward pass, {boxes:.2f} ms for "
                   f"boxes and IoU: {len(evaluation.couplings)} couplings, "
                   f"{len(evaluation.thresholds)} thresholds, predicted class and label")
         all_metrics.append(metrics | about | ({"name": name} if several else {}))
@@ -714,7 +714,7 @@ def evaluate(flags: Namespace) -> int:
                 "IoU in %.")
         write_png(flags.out / "gallery.png",
                   draw_gallery(examples, titles, datasets[0].classes, note))
-    print(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\n"
+    say(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\n"
           f"report and pictures in {printable(flags.out)}")
     return 0
 
@@ -732,13 +732,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return evaluate(flags)
     except BrokenPipeError:  # such as by | head: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        pass
     except KeyboardInterrupt:
         print("evaluate.py: stopped", file=sys.stderr)
     except (OSError, ValueError, RuntimeError) as error:
-        line = one_line(error, flags.out)
-        print(f"evaluate.py: error: {line}", file=sys.stderr)
-        return 2 if line.startswith("--") else 1  # a flag's fault, or a file's
+        print(f"evaluate.py: error: {one_line(error, flags.out)}", file=sys.stderr)
+        return 2 if isinstance(error, FlagError) else 1
     return 1
 
 

@@ -58,6 +58,16 @@ def one_line(error: BaseException, folder: str | Path) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
+def say(text: str) -> None:
+    """Prints a line. Raises OSError, which names standard output, where that takes none."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # or python fails again when it ends
+        raise OSError(error.errno, error.strerror, "standard output") from None
+
+
 class FlagError(ValueError):
     """A flag does not fit the data or the checkpoint: status 2."""
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from support.common import printable, write_json
+from support.common import FlagError, printable, write_json
 from support.report.figures import is_ours
 
 MANIFEST = "manifest.json"  # in each folder of outputs: {"written_by", "files"}
@@ -27,25 +27,29 @@ def listed(out: Path) -> set[str]:
 def claim(folders: dict[Path, Sequence[str]], inputs: Sequence[Path] = ()) -> None:
     """Makes the folders and lists the files about to be written in each one's manifest.
 
-    Raises ValueError, before anything is made, where a file is there that the script did not
-    write: a picture without its mark, another file that the manifest does not list; or an input.
+    Raises FlagError, before anything is made, for a run of train.py, and where a file is there that
+    the script did not write (a picture without its mark, another file that the manifest does not
+    list) or that is an input.
     """
     inputs = {path.resolve() for path in inputs}
     for out, names in folders.items():
+        if any(os.path.lexists(out / name) for name in RUN_FILES):
+            raise FlagError(f"--out: {printable(out)} holds a run of train.py: need another "
+                            f"folder, such as {printable(out / 'evaluate')}")
         known = listed(out)
         for file in (out / name for name in (*names, MANIFEST)):
             own = is_ours(file) if file.suffix == ".png" else file.name in known
             if os.path.lexists(file) and (not own or file.resolve() in inputs):
                 what = "is an input" if own else "was not written by this script"
-                raise ValueError(f"--out: {printable(file)} exists and {what}, so it is not "
-                                 "replaced: need another folder")
+                raise FlagError(f"--out: {printable(file)} exists and {what}, so it is not "
+                                "replaced: need another folder")
     for out, names in folders.items():
         files = sorted({*listed(out), *names} - {MANIFEST})
         try:
             out.mkdir(parents=True, exist_ok=True)
             write_json(out / MANIFEST, {"written_by": WRITTEN_BY, "files": files})
         except OSError as error:
-            raise ValueError(f"--out: {printable(out)}: {error.strerror or error}") from None
+            raise FlagError(f"--out: {printable(out)}: {error.strerror or error}") from None
 
 
 def output_names(paths: Sequence[Path]) -> list[str]:

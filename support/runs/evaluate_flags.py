@@ -8,7 +8,6 @@ from pathlib import Path
 
 from support.common import (AMP, Parser, choose_amp, img_size_flag, number, open_device,
                             threshold_flag)
-from support.report.outputs import RUN_FILES
 
 # flags that do nothing with --images, and those that then serve --threshold auto alone
 WITH_IMAGES_UNUSED = ("split", "gt_class", "save_maps", "profile")
@@ -89,9 +88,6 @@ def check_flags(flags: Namespace, parser: Parser) -> None:
     above = [place for place in (flags.out, *flags.out.parents) if os.path.exists(place)]
     if not all(map(os.path.isdir, above)):
         parser.error(f"--out: {flags.out} is or lies in a file, need a folder")
-    if any(os.path.exists(flags.out / name) for name in RUN_FILES):
-        parser.error(f"--out: {flags.out} holds a run of train.py: need another folder, such as "
-                     f"{flags.out / 'evaluate'}")
     flags.split, flags.workers = flags.split or "test", flags.workers or 0
     try:
         flags.device = open_device(flags.device)

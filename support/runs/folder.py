@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from support import common
 from support.common import last_line, write_atomic, write_json
 from support.report.figures import is_ours
 from support.weights import read_weights
@@ -53,15 +54,9 @@ def any_process(*flags: bool) -> list[bool]:
 
 
 def say(text: str) -> None:
-    """Prints a line, from one process. Raises OSError where standard output takes none."""
-    if process()[0] > 0:
-        return
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # or python fails again when it ends
-        raise OSError(error.errno, error.strerror, "standard output") from None
+    """Prints a line, from one process."""
+    if process()[0] == 0:
+        common.say(text)
 
 
 class Stop:
