@@ -72,7 +72,7 @@ PRODUCTS = {  # which maps a coupling multiplies
 
 def couplings_of(model: LCTR) -> tuple[str, ...]:
     """The couplings that the model has maps for: a "token" head has no class maps."""
-    return tuple(c for c in COUPLINGS if model.head_type != "token" or c in ATTENTION_LABELS)
+    return tuple(c for c in COUPLINGS if c in LABELS[model.head_type] | ATTENTION_LABELS)
 
 
 def default_coupling(model: LCTR) -> str:
@@ -330,22 +330,34 @@ def best_threshold(evaluation: Evaluation, coupling: str) -> float:
 
 @torch.no_grad()
 def examine(
+    model: LCTR, images: Tensor, classes: Tensor, couplings: Sequence[str], threshold: float,
+    amp: str,
+) -> tuple[Tensor, np.ndarray, Tensor]:
+    """Of a few images (B, 3, H, W) and a class id each, -1 for the predicted class, for pictures:
+
+    logits (B, C), min-max normalised maps (B, Q, H, W), their boxes (B, Q, 4) in the input's frame.
+    """
+    localization = localize(model, images, classes[:, None], amp)
+    maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)
+    box = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4)
+    return localization.logits.cpu(), minmax(maps).cpu().numpy(), box.cpu()
+
+
+def examples_of(
     model: LCTR, dataset: torch.utils.data.Dataset, indices: Sequence[int],
     couplings: Sequence[str], threshold: float, gt_class: bool, amp: str,
 ) -> Examples:
-    """Localises a few images again, for pictures: an evaluation keeps no maps."""
+    """A few images of a data set, localised again: an Evaluation keeps no maps."""
     batch = data.collate([dataset[int(i)] for i in indices])
     classes = batch["label"] if gt_class else torch.full_like(batch["label"], -1)
-    localization = localize(model, batch["image"], classes[:, None], amp)
-    maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)  # (n,Q,H,W)
-    box = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4).cpu()
+    logits, heat, box = examine(model, batch["image"], classes, couplings, threshold, amp)
     ground_truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (n, M, 4)
     iou = box_iou(box[:, :, None], ground_truth[:, None]).amax(-1)
     return Examples(
         batch["image"].movedim(1, 3).numpy(), batch["view"].tolist(), batch["label"].tolist(),
-        localization.logits.argmax(1).tolist(),
+        logits.argmax(1).tolist(),
         [rows[:len(boxes)].numpy() for rows, boxes in zip(ground_truth, batch["boxes"])],
-        minmax(maps).cpu().numpy(), box.numpy(), iou.numpy())
+        heat, box.numpy(), iou.numpy())
 
 
 def report(
@@ -364,8 +376,8 @@ def report(
     write_text(out / "predictions.jsonl", "".join(lines))
 
     def look(indices: Sequence[int], couplings: Sequence[str]) -> Examples:
-        return examine(model, dataset, indices, couplings, threshold, evaluation.gt_class,
-                       evaluation.amp)
+        return examples_of(model, dataset, indices, couplings, threshold, evaluation.gt_class,
+                           evaluation.amp)
 
     # a few images under every coupling
     where = f"{dataset.name} {getattr(dataset, 'split', about.get('split', ''))}".strip()
@@ -375,10 +387,6 @@ def report(
     shown = evenly(n, 8)
     titles = [(coupling_label(evaluation.head, c), PRODUCTS[c]) for c in evaluation.couplings]
     note = f"{len(shown)} of the {n} images of {where}, evenly spread. {boxes}"
-    alone = metrics["couplings"].get("none", {}).get("gt_known")
-    if alone is not None and alone < metrics["baselines"]["whole_image"] + 5:
-        note += (" The class map alone is flat, its box the whole image: each patch knows the "
-                 "class, wherever it lies.")
     write_png(out / "gallery.png", draw_gallery(
         [look(shown, evaluation.couplings)], [titles], dataset.classes, note))
 
@@ -429,79 +437,61 @@ def save_maps(path: str | Path, evaluation: Evaluation) -> None:
 
 # ---------------------------------------------------------------- your own photographs
 
-@torch.no_grad()
-def localise_photographs(subject: "Subject", threshold: float, flags: Namespace) -> int:
+def localise_photographs(subject: "Subject", flags: Namespace) -> int:
     """A picture for each photograph and boxes.json; returns the exit status.
 
     A photograph that cannot be read, or its picture written, is named and skipped; boxes.json is
     written whatever happens.
     """
-    model, classes, coupling = subject.model, subject.checkpoint["classes"], subject.coupling
-    couplings = [coupling]
+    _, model, checkpoint, coupling, threshold, _ = subject
+    classes, couplings, entries = checkpoint["classes"], [coupling], []
     if model.head_type == "token" and not flags.coupling:  # no class map: both attention maps
         couplings = ["cls-only", "relation-only"]
     titles = [(coupling_label(model.head_type, c), PRODUCTS[c]) for c in couplings]
-    note = f"Box at threshold {threshold:g} of the min-max normalised map."
-    note += " No class was trained: the maps are the backbone's attention." * (not classes)
-    (paths, notes), entries, skipped = find_images(flags.images), [], []
+    text = f"Box at threshold {threshold:g} of the min-max normalised map."
+    text += " No class was trained: the maps are the backbone's attention." * (not classes)
+    paths, notes = find_images(flags.images)
     print_notes(notes)
     if not paths:
         raise FlagError(f"--images: no picture in {', '.join(map(printable, flags.images))}")
-    files = [flags.out / name for name in output_names(paths)]
-    claim({flags.out: [*(file.name for file in files), "boxes.json"]}, inputs=paths)
-
-    def skip(path: Path, error: Exception) -> None:
-        reason = getattr(error, "strerror", None) or error
-        about = "" if str(path) in str(reason) else f"{printable(path)}: "
-        print(f"evaluate.py: skipped: {about}{printable(reason)}", file=sys.stderr)
-        skipped.append(path)
-
+    names = output_names(paths)
+    claim({flags.out: [*names, "boxes.json"]}, inputs=paths)
     try:
-        for first in range(0, len(paths), flags.batch_size):
-            # the network's view of each photograph
-            batch = []
-            for path, file in list(zip(paths, files))[first:first + flags.batch_size]:
-                try:
-                    image, view, size = data.load_image(path, model.img_size, flags.crop)
-                    batch.append((path, file, image, view, size))
-                except (ValueError, OSError) as error:
-                    skip(path, error)
-            if not batch:
+        for path, file in zip(paths, (flags.out / name for name in names)):
+            try:
+                # the predicted class's maps, their boxes in the photograph's pixels
+                image, view, size = data.load_image(path, model.img_size, flags.crop)
+                logits, heat, box = examine(
+                    model, image[None], torch.tensor([-1]), couplings, threshold, flags.amp)
+                boxes = to_image(box, torch.tensor([view]), model.img_size)[0].tolist()
+                chances, ids = logits[0].softmax(0).topk(min(5, len(classes)))
+                top5 = list(zip(ids.tolist(), chances.tolist()))
+
+                # the picture
+                caption = ", ".join(f"{class_name(classes, c)} {100 * p:.1f} %"
+                                    for c, p in top5[:3])
+                write_png(file, draw_own(data.open_image(path), view, titles, heat[0], boxes,
+                                         caption, text))
+            except (ValueError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                about = "" if str(path) in str(reason) else f"{printable(path)}: "
+                print(f"evaluate.py: skipped: {about}{printable(reason)}", file=sys.stderr)
                 continue
 
-            # forward pass: the maps of the predicted class, their boxes in the photograph's pixels
-            images = torch.stack([image for _, _, image, _, _ in batch])
-            localization = localize(model, images, torch.full((len(batch), 1), -1), flags.amp)
-            maps = enlarge(stack_couplings(localization, couplings)[:, :, 0], model.img_size)
-            boxes = largest_boxes(maps.flatten(0, 1), [threshold]).view(*maps.shape[:2], 4).cpu()
-            boxes = to_image(boxes, torch.tensor([view for *_, view, _ in batch]), model.img_size)
-            heat = minmax(maps).cpu().numpy()  # (B, Q, H, W)
-            top5 = localization.logits.softmax(1).topk(min(5, len(classes)))
-
-            # a picture and an entry of boxes.json for each
-            for i, (path, file, _, view, size) in enumerate(batch):
-                ranked = list(zip(top5.indices[i].tolist(), top5.values[i].tolist()))
-                caption = ", ".join(f"{class_name(classes, c)} {100 * p:.1f} %"
-                                    for c, p in ranked[:3])
-                found = dict(zip(couplings, boxes[i].tolist()))
-                try:
-                    picture = draw_own(data.open_image(path), view, titles, heat[i],
-                                       list(found.values()), caption, note)
-                    write_png(file, picture)
-                except (ValueError, OSError) as error:
-                    skip(path, error)
-                    continue
-                entry = {"path": str(path), "size": list(size),
-                         "top5": [[classes[c], p] for c, p in ranked], "box": found[coupling]}
-                entries.append(entry | ({"boxes": found} if len(found) > 1 else {}))
-                best = f"{classes[ranked[0][0]]} ({100 * ranked[0][1]:.1f} %), " if ranked else ""
-                box = " ".join(f"{v:.0f}" for v in found[coupling])
-                say(printable(f"{path} -> {file}: {best}box {box}"))
+            # the entry of boxes.json
+            found = dict(zip(couplings, boxes))
+            entry = {"path": str(path), "size": list(size),
+                     "top5": [[classes[c], p] for c, p in top5], "box": found[coupling]}
+            entries.append(entry | ({"boxes": found} if len(found) > 1 else {}))
+            best = "".join(f"{classes[c]} ({100 * p:.1f} %), " for c, p in top5[:1])
+            corners = " ".join(f"{v:.0f}" for v in found[coupling])
+            say(printable(f"{path} -> {file}: {best}box {corners}"))
     finally:
         write_json(flags.out / "boxes.json", entries)
+    skipped = len(paths) - len(entries)
     say(f"{len(entries)} pictures and boxes.json in {printable(flags.out)}"
-          + f", {len(skipped)} skipped" * bool(skipped))
-    return int(bool(skipped))
+        + f", {skipped} skipped" * bool(skipped))
+    return 1 if skipped else 0
 
 
 # ---------------------------------------------------------------- the script
@@ -513,7 +503,8 @@ class Subject(NamedTuple):
     model: LCTR
     checkpoint: dict  # classes, config, metrics, phase
     coupling: str
-    threshold: float | None  # the checkpoint's own, in [0, 1)
+    threshold: float | str  # "auto": the best on val, which is yet to be evaluated
+    threshold_from: str
 
 
 def load(path: str, flags: Namespace) -> Subject:
@@ -537,14 +528,22 @@ def load(path: str, flags: Namespace) -> Subject:
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{path}: weights that are not finite")
 
-    metrics = checkpoint.get("metrics")
+    threshold, source = flags.threshold, "--threshold"
+    if threshold is None:
+        threshold, source = own_threshold(path, checkpoint.get("metrics"))
+    return Subject(path, model.to(flags.device), checkpoint,
+                   flags.coupling or default_coupling(model), threshold, source)
+
+
+def own_threshold(path: str, metrics: object) -> tuple[float, str]:
+    """The threshold that a checkpoint's metrics name, or CAM's, and which of the two it is."""
     threshold = metrics.get("threshold") if isinstance(metrics, dict) else None
-    known = threshold is None or type(threshold) in (int, float) and 0 <= threshold < 1
-    if flags.threshold is None and not known:
+    if threshold is None:
+        return DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none"
+    if type(threshold) not in (int, float) or not 0 <= threshold < 1:
         raise ValueError(f"{path}: its threshold is {threshold!r}, need a number in [0, 1): give "
                          "--threshold")
-    return Subject(path, model.to(flags.device), checkpoint,
-                   flags.coupling or default_coupling(model), threshold)
+    return threshold, "the checkpoint's own"
 
 
 def build(num_classes: int, config: dict, img_size: int | list[int] | None) -> LCTR:
@@ -570,7 +569,7 @@ def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tupl
 def check(subjects: Sequence[Subject], flags: Namespace) -> None:
     """What flags ask of the checkpoints that they do not have."""
     first = subjects[0]
-    for path, model, checkpoint, coupling, _ in subjects:
+    for path, model, checkpoint, coupling, *_ in subjects:
         if coupling not in couplings_of(model):
             raise FlagError(f"--coupling: {path} has a {model.head_type} head, whose couplings are "
                             f"{', '.join(couplings_of(model))}")
@@ -612,15 +611,13 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
         classes=None if external else known)  # a folder of pictures to test on needs no train/
     classes = dataset.classes
     numbered = external and len(known) == len(classes)  # its file has no names to compare
-    if list(known) != list(classes) and not numbered:
-        i = next((i for i, (a, b) in enumerate(zip(known, classes)) if a != b),
-                 min(len(known), len(classes)))
-        names = [repr(c[i]) if i < len(c) else "nothing" for c in (known, classes)]
+    pairs = enumerate(itertools.zip_longest(known, classes, fillvalue="nothing"))
+    different = [(i, a, b) for i, (a, b) in pairs if nfc(a) != nfc(b)]
+    if different and not numbered:
+        i, theirs, ours = different[0]
         raise ValueError(
             f"{subject.path}: its {len(known)} classes are not the {len(classes)} of {flags.data} "
-            f"{split}: class {i} is {names[0]} there, {names[1]} here")
-    if not len(dataset):
-        raise ValueError(f"{flags.data} {split}: no images")
+            f"{split}: class {i} is {theirs!r} there, {ours!r} here")
     return dataset
 
 
@@ -630,21 +627,15 @@ def print_notes(notes: Sequence[str]) -> None:
         say(f"note: {printable(note)}")
 
 
-def choose_threshold(subject: Subject, flags: Namespace) -> tuple[float, str]:
-    """The threshold and where it came from."""
-    if flags.threshold == "auto":
-        val_set = load_split(subject, flags, "val")
-        print_notes(val_set.notes)
-        evaluation = evaluate_model(
-            subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
-            workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
-        best = best_threshold(evaluation, subject.coupling)
-        return best, f"the best gt-known of {len(val_set)} val images"
-    if flags.threshold is not None:
-        return flags.threshold, "--threshold"
-    if subject.threshold is not None:
-        return subject.threshold, "the checkpoint's own"
-    return DEFAULT_THRESHOLD, "CAM's, since the checkpoint names none"
+def with_best_threshold(subject: Subject, flags: Namespace) -> Subject:
+    """The subject with --threshold auto: the best on val."""
+    val_set = load_split(subject, flags, "val")
+    print_notes(val_set.notes)
+    evaluation = evaluate_model(
+        subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
+        workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
+    return subject._replace(threshold=best_threshold(evaluation, subject.coupling),
+                            threshold_from=f"the best gt-known of {len(val_set)} val images")
 
 
 def evaluate(flags: Namespace) -> int:
@@ -667,12 +658,13 @@ def evaluate(flags: Namespace) -> int:
     all_metrics, examples, titles = [], [], []
     for i, (subject, name, folder) in enumerate(zip(subjects, names, folders)):
         # the threshold
-        path, model, _, coupling, _ = subject
-        threshold, source = choose_threshold(subject, flags)
+        if flags.threshold == "auto":
+            subject = with_best_threshold(subject, flags)
+        path, model, _, coupling, threshold, source = subject
         say(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
               f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}")
         if flags.images:
-            return localise_photographs(subject, threshold, flags)
+            return localise_photographs(subject, flags)
 
         # forward pass, boxes, metrics
         dataset = datasets[i]
@@ -699,8 +691,8 @@ def evaluate(flags: Namespace) -> int:
         if several:
             shown = [c for c in evaluation.couplings
                      if c in ("cls", "relation", coupling) or model.head_type == "token"]
-            examples.append(examine(model, dataset, evenly(len(dataset), 8), shown, threshold,
-                                    flags.gt_class, flags.amp))
+            examples.append(examples_of(model, dataset, evenly(len(dataset), 8), shown, threshold,
+                                        flags.gt_class, flags.amp))
             titles.append([(f"{name}: {coupling_label(model.head_type, c)}", PRODUCTS[c])
                            for c in shown])
 

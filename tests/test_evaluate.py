@@ -520,14 +520,6 @@ def test_classes_of_another_data_set(tmp_path, capsys):
     assert "class 0 is 'finch' there" in err
 
 
-def test_an_empty_split(checkpoint, monkeypatch, capsys):
-    empty = Toy(0)
-    empty.classes = data.SPECIES[:9]
-    monkeypatch.setattr(data, "load_dataset", lambda *a, **k: empty)
-    status, _, err = call(capsys, evaluate, "--checkpoint", checkpoint)
-    assert status == 1 and "synthetic test: no images" in err
-
-
 def test_out_that_is_a_file(checkpoint, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -94,10 +94,9 @@ def put(draw, position, text: str, size: int, colour=INK, anchor: str | None = N
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
     """[0, 1] (...) -> uint8 (..., 3), dark blue to pale yellow, evenly in lightness."""
-    position = np.clip(values, 0, 1)[..., None] * (len(HEAT) - 1)
-    low = np.minimum(position.astype(int), len(HEAT) - 2)
-    low_colour, high_colour = HEAT[low[..., 0]], HEAT[low[..., 0] + 1]
-    return (low_colour + (high_colour - low_colour) * (position - low)).round().astype(np.uint8)
+    positions = np.linspace(0, 1, len(HEAT))
+    colours = [np.interp(values, positions, channel) for channel in HEAT.T]
+    return np.stack(colours, -1).round().astype(np.uint8)
 
 
 def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:

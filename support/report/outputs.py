@@ -1,6 +1,5 @@
 """Which files a script may write: only its own are replaced. And their names."""
 
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -56,15 +55,13 @@ def output_names(paths: Sequence[Path]) -> list[str]:
     """A picture's file name for each path: a.jpg and b/a.png become a.png and a-2.png."""
     names, used = [], set()
     for path in paths:
-        stem = path.stem
-        while len(os.fsencode(stem)) > 200:  # room for an ending within a file system's 255
-            stem = stem[:-1]
-        for ending in itertools.chain([""], (f"-{i}" for i in itertools.count(2))):
-            name = f"{stem}{ending}.png"
-            if name.casefold() not in used:  # some file systems ignore case
-                break
+        stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file system takes 255 bytes
+        name, count = stem, 1
+        while name.casefold() in used:  # some file systems ignore case
+            count += 1
+            name = f"{stem}-{count}"
         used.add(name.casefold())
-        names.append(name)
+        names.append(f"{name}.png")
     return names
 
 
