@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, Dataset
 from support.pictures.annotations import nfc, place_all
 from support.pictures.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
                            draw_birds)
-from support.common import (Parser, free_memory, last_line, local_processes, pair, progress,
+from support.common import (Parser, free_memory, last_line, local_processes, pair, progress, say,
                             write_text)
 from support.pictures.convert import READERS as CONVERTERS
 from support.pictures.convert import convert
@@ -413,15 +413,15 @@ def contact_sheet(name: str, root: Path | None, split: str, out: Path) -> None:
         sheet.paste(tile, (i % 6 * side, i // 6 * side))
     write_png(out, sheet)
     summary = f"{out}: {len(dataset)} samples, {len(dataset.classes)} classes"
-    print(*dataset.notes, summary, sep="\n")
+    say("\n".join([*dataset.notes, summary]))
 
 
 def convert_boxes(form: str, source: Path, root: Path, out: Path) -> None:
     text, notes = convert(form, source, root)
     write_text(out, text)
-    print(*notes, sep="\n")
+    say("\n".join(notes))
     if out.resolve() != (root / "boxes.csv").resolve():
-        print(f"{out}: is read where it lies as {root / 'boxes.csv'}")
+        say(f"{out}: is read where it lies as {root / 'boxes.csv'}")
 
 
 def main(argv: list[str] | None = None) -> None:

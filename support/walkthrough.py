@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from support import weights
-from support.common import last_line, write_atomic
+from support.common import last_line, say, write_atomic
 from support.pictures.views import load_image, normalise
 
 
@@ -32,7 +32,7 @@ def main(model_class: type, load_checkpoint: Callable, trace: Callable) -> None:
             content = weights.export(model.state_dict(), model.num_heads, model.grid)
             write_atomic(path, lambda file: torch.save(content, file))
             height, width = model.img_size
-            print(f"{path}: {len(content['model'])} parameters, input {height} x {width}")
+            say(f"{path}: {len(content['model'])} parameters, input {height} x {width}")
             return
 
         torch.manual_seed(0)
@@ -42,8 +42,8 @@ def main(model_class: type, load_checkpoint: Callable, trace: Callable) -> None:
         images = torch.randn(1, 3, *model.img_size)
         if flags.image:
             images = normalise(load_image(flags.image, model.img_size)[0])[None]  # (1, 3, H, W)
+        for equation, name, symbols, value in trace(model.eval(), images):
+            shape, low, high = str(tuple(value.shape)), value.min(), value.max()
+            say(f"{equation:6} {name:37} {symbols:17} {shape:19} {low:9.3g} to {high:.3g}")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"lctr.py: error: {last_line(error)}")
-    for equation, name, symbols, value in trace(model.eval(), images):
-        shape, low, high = str(tuple(value.shape)), value.min(), value.max()
-        print(f"{equation:6} {name:37} {symbols:17} {shape:19} {low:9.3g} to {high:.3g}")

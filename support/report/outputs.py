@@ -56,7 +56,7 @@ def output_names(paths: Sequence[Path]) -> list[str]:
     names, used = [], set()
     for path in paths:
         stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file system takes 255 bytes
-        name, count = stem, 1
+        name, count = stem or "picture", 1
         while name.casefold() in used:  # some file systems ignore case
             count += 1
             name = f"{stem}-{count}"
