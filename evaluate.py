@@ -612,7 +612,7 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
     classes = dataset.classes
     numbered = external and len(known) == len(classes)  # its file has no names to compare
     pairs = enumerate(itertools.zip_longest(known, classes, fillvalue="nothing"))
-    different = [(i, a, b) for i, (a, b) in pairs if nfc(a) != nfc(b)]
+    different = [(i, a, b) for i, (a, b) in pairs if a != b]
     if different and not numbered:
         i, theirs, ours = different[0]
         raise ValueError(
