@@ -204,9 +204,9 @@ def of_class(file: Path, wnid: str | None) -> tuple[str, list, tuple[int, int] |
 UNSTATED = "annotations state no size of their image: their boxes are taken as they are"
 SCALED = ("images have another size than their annotation states, in the same aspect: their boxes "
           "are scaled")
-UNTOLD = ("images are turned or mirrored by EXIF in a way that no stated size shows: their boxes "
+FRAME_UNKNOWN = ("images are turned or mirrored by EXIF in a way that no stated size shows: their boxes "
           "are taken as the upright picture's")
-SIDEWAYS = ("images turned by EXIF have boxes that reach beyond them but not beyond the picture as "
+STORED_FRAME = ("images turned by EXIF have boxes that reach beyond them but not beyond the picture as "
             "stored: needs boxes of the upright picture")
 DARK = ("images are nearly black, no value above 16 of 255, as 12-bit values in 16-bit files are: "
         "taken as they are")
@@ -238,7 +238,7 @@ def place_boxes(boxes: list, stated: tuple[int, int] | None, decoded: Decoded) -
     if not stated:
         return boxes, UNSTATED
     if stated == upright:
-        return boxes, UNTOLD if orientation > 1 and stored == upright and boxes else ""
+        return boxes, FRAME_UNKNOWN if orientation > 1 and stored == upright and boxes else ""
     if stated == stored:
         return [turn_box(box, stored, orientation) for box in boxes], ""
     if stated == upright[::-1]:
@@ -275,7 +275,7 @@ def place_all(
     for i, (rows, image, picture) in enumerate(zip(boxes, decoded, pictures)):
         file, remark = picture, ""
         if annotations is None:
-            remark = SIDEWAYS if fit_stored_alone(rows, image) else ""
+            remark = STORED_FRAME if fit_stored_alone(rows, image) else ""
         elif annotations[i][0]:
             file, stated = annotations[i]
             try:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from support.pictures.annotations import (UNTOLD, nfc, notes_of, parse_box, place_boxes,
+from support.pictures.annotations import (FRAME_UNKNOWN, nfc, notes_of, parse_box, place_boxes,
                                           read_objects, read_size, read_text, wrong_size)
 from support.pictures.decode import DataError, Decoded, decode
 from support.pictures.folders import SUFFIXES, images_below
@@ -331,7 +331,7 @@ def yolo_boxes(
             boxes += [yolo_box(line, names, decoded.size)] if line.strip() else []
         except (ValueError, OverflowError, LookupError):
             remarks[NO_BOX].append(f"{file}:{number}: {line[:80]!r}")
-    return boxes, UNTOLD if decoded.orientation > 1 else ""
+    return boxes, FRAME_UNKNOWN if decoded.orientation > 1 else ""
 
 
 def yolo_box(line: str, names: dict[int, str], size: tuple[int, int]) -> tuple[str, tuple]:

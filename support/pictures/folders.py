@@ -246,26 +246,26 @@ def image_names(root: Path) -> set[str]:
     return names
 
 
-def place_of(path: str) -> float:
+def hash_of(path: str) -> float:
     """A number from 0 to 1 that follows from a file's name alone."""
     name = os.fsencode(nfc(os.path.basename(path)))
     return int.from_bytes(hashlib.sha256(name).digest()[:6], "big") / 2**48
 
 
 def split_by_name(images: Sequence[list[str]]) -> dict[str, list[list[str]]]:
-    """Images listed by class as {split: the same}: 80 / 10 / 10 by place_of, so that a new image
+    """Images listed by class as {split: the same}: 80 / 10 / 10 by hash_of, so that a new image
     moves no other one. At least one of each class is train's; where test would have none at all,
     each class gives it one.
     """
     parts = []  # of each class: {path: split}
     for paths in images:
-        part = {path: SPLITS[(place_of(path) >= 0.8) + (place_of(path) >= 0.9)] for path in paths}
+        part = {path: SPLITS[(hash_of(path) >= 0.8) + (hash_of(path) >= 0.9)] for path in paths}
         if paths and "train" not in part.values():
-            part[min(paths, key=place_of)] = "train"
+            part[min(paths, key=hash_of)] = "train"
         parts.append(part)
     if not any("test" in part.values() for part in parts):
         for part in parts:
             if len(part) > 1:
-                part[max(part, key=place_of)] = "test"
+                part[max(part, key=hash_of)] = "test"
     return {split: [[path for path in part if part[path] == split] for part in parts]
             for split in SPLITS}

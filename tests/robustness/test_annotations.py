@@ -550,7 +550,7 @@ def test_plain_class_folders_are_split_by_name(plain):
     for split, dataset in splits.items():
         assert dataset.classes == ["class 0", "class 1", "class 2"] and dataset.notes[0] == note
         for name, label in zip(names_of(dataset), dataset.labels):
-            place = folders.place_of(name)
+            place = folders.hash_of(name)
             assert name.startswith(f"class {label}/")
             assert split == ("train" if place < 0.8 else "val" if place < 0.9 else "test")
     assert data.has_split("folder", root, "val")
