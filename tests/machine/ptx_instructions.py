@@ -80,30 +80,21 @@ def move(program, step, active):
 
 
 def convert(program, step, active):
-    """cvt. Integers from floats saturate; two floats are packed with the first in the high half."""
+    """cvt between integers, and to floats; two floats are packed with the first in the high half."""
     to, *sources = step.operands
     target, source = step.parts[-2:]
     if target in ("f16x2", "bf16x2"):
-        kind = target[:-2]
         high, low = (program.get(name, "f32") for name in sources)
-        pair = narrow(np.stack([low, high], 1)) if kind == "bf16" else np.stack([low, high], 1)
-        pair = pair if kind == "bf16" else pair.astype(np.float16)
+        pair = np.stack([low, high], 1)
+        pair = narrow(pair) if target == "bf16x2" else pair.astype(np.float16)
         program.put(to, pair.view(np.uint32)[:, 0], active)
     elif target == "tf32":  # to nearest, ties away from zero, in the upper 19 bits
         bits = program.get(sources[0], "b32").astype(np.uint64)
         program.put(to, ((bits + 0x1000) & 0xFFFFE000).astype(np.uint32), active)
+    elif target in ("f16", "bf16", "f32"):
+        program.put_floats(to, program.floats(sources[0], source), target, active)
     else:
-        value = program.floats(sources[0], source)
-        if target in ("f16", "bf16", "f32", "f64"):
-            program.put_floats(to, value, target, active)
-            return
-        dtype = TYPES[target]
-        if value.dtype.kind == "f":
-            rounding = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-            value = next(rounding[part] for part in step.parts if part in rounding)(value)
-            limits = np.iinfo(dtype)
-            value = np.nan_to_num(value.astype(np.float64)).clip(limits.min, limits.max)
-        program.put(to, value.astype(dtype), active)
+        program.put(to, program.get(sources[0], source).astype(TYPES[target]), active)
 
 
 def select(program, step, active):
@@ -112,20 +103,16 @@ def select(program, step, active):
     program.put(to, value, active)
 
 
+COMPARISONS = {
+    "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "ne": lambda a, b: (a != b) & (a == a) & (b == b), "num": lambda a, b: (a == a) & (b == b),
+}
+
+
 def compare(program, step, active):
-    """setp. A comparison with NaN is false, or true for those with a u behind (ltu: unordered)."""
-    how, kind = step.parts[1], step.type
-    a, b = (program.floats(name, kind) for name in step.operands[1:3])
-    unordered = np.isnan(a) | np.isnan(b) if a.dtype.kind == "f" else np.zeros(len(a), bool)
-    if how in ("num", "nan"):
-        result = unordered if how == "nan" else ~unordered
-    else:
-        functions = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
-                     "gt": np.greater, "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal,
-                     "hi": np.greater, "hs": np.greater_equal}
-        result = functions[how[:2]](a, b)
-        result = result | unordered if how[2:] == "u" else result & ~unordered
-    program.put(step.operands[0], result, active)
+    """setp. A comparison with NaN is false."""
+    a, b = (program.get(name, step.type) for name in step.operands[1:3])
+    program.put(step.operands[0], COMPARISONS[step.parts[1]](a, b), active)
 
 
 # --------------------------------------------------------------------------------------- arithmetic
@@ -142,50 +129,31 @@ def fused(a, b, c):
     return (a.astype(np.float64) * b + c).astype(a.dtype)
 
 
-def shift_left(a, by):
-    width = 8 * a.itemsize
-    return np.where(by < width, a << np.minimum(by, width - 1).astype(a.dtype), 0).astype(a.dtype)
-
-
-def shift_right(a, by):
-    """Of signed numbers: with their sign from above."""
-    width = 8 * a.itemsize
-    shifted = a >> np.minimum(by, width - 1).astype(a.dtype)
-    return shifted if a.dtype.kind == "i" else np.where(by < width, shifted, 0).astype(a.dtype)
-
-
 INTEGER = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "abs": np.abs,
-    "min": np.minimum, "max": np.maximum, "div": quotient,
-    "rem": lambda a, b: a - quotient(a, b) * b,
+    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "min": np.minimum,
+    "max": np.maximum, "div": quotient,
 }
 FLOAT = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": fused,
-    "min": np.fmin, "max": np.fmax, "neg": np.negative, "abs": np.abs, "ex2": np.exp2,
-    "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda a: 1 / np.sqrt(a),
+    "min": np.fmin, "max": np.fmax, "ex2": np.exp2, "lg2": np.log2,
 }
 
 
 def arithmetic(program, step, active):
-    """One function of all operands. 16-bit floats compute in float32 and round once."""
+    """One function of all operands."""
     name, kind = step.parts[0], step.type
-    if kind in ("s16x2", "u16x2"):
-        words = [program.get(x, "b32").view(TYPES[kind[:3]]) for x in step.operands[1:]]
+    if kind == "s16x2":
+        words = [program.get(x, "b32").view(np.int16) for x in step.operands[1:]]
         program.put(step.operands[0], INTEGER[name](*words).view(np.uint32), active)
-    elif kind in ("f16", "bf16", "f32", "f64"):
-        values = [program.floats(x, kind) for x in step.operands[1:]]
-        if kind == "f16":
-            values = [value.astype(np.float32) for value in values]
+    elif kind == "f32":
+        values = [program.get(x, kind) for x in step.operands[1:]]
         if "ftz" in step.parts:
             values = [flush(value) for value in values]
-        wide = name in ("ex2", "lg2", "rsqrt")  # correctly rounded through float64
-        result = FLOAT[name](*(v.astype(np.float64) for v in values) if wide else values)
-        if "NaN" in step.parts:
-            result = np.where(np.any(np.isnan(values), 0), np.nan, result)
-        result = result.astype(np.float64 if kind == "f64" else np.float32)
-        result = flush(result) if "ftz" in step.parts else result
-        program.put_floats(step.operands[0], result, kind, active)
+        if name in ("ex2", "lg2"):  # correctly rounded through float64
+            values = [value.astype(np.float64) for value in values]
+        result = FLOAT[name](*values).astype(np.float32)
+        program.put(step.operands[0], flush(result) if "ftz" in step.parts else result, active)
     else:
         values = [program.get(x, kind) for x in step.operands[1:]]
         program.put(step.operands[0], INTEGER[name](*values), active)
@@ -194,13 +162,13 @@ def arithmetic(program, step, active):
 def multiply(program, step, active):
     """Integer mul and mad: the low half of the product, the high half, or all of it."""
     name, half, kind = step.parts[0], step.parts[1], step.type
-    if kind[0] != "s" and kind[0] != "u" and kind[0] != "b":
+    if kind == "f32":
         return arithmetic(program, step, active)
     a, b = (program.get(x, kind) for x in step.operands[1:3])
     if half == "lo":
         result = a * b
     else:
-        wide = {"s": SIGNED, "u": UNSIGNED}[kind[0]][2 * a.itemsize]
+        wide = (SIGNED if kind[0] == "s" else UNSIGNED)[2 * a.itemsize]
         result = a.astype(wide) * b.astype(wide)
         if half == "hi":
             result = (result >> wide(8 * a.itemsize)).astype(a.dtype)
@@ -210,9 +178,14 @@ def multiply(program, step, active):
 
 
 def shift(program, step, active):
-    function = shift_left if step.parts[0] == "shl" else shift_right
+    """Beyond the number's width all bits are zeros, or the sign of a signed one shifted right."""
     value, by = program.get(step.operands[1], step.type), program.get(step.operands[2], "u32")
-    program.put(step.operands[0], function(value, by), active)
+    width = 8 * value.itemsize
+    within = np.minimum(by, width - 1).astype(value.dtype)
+    shifted = value << within if step.parts[0] == "shl" else value >> within
+    if step.parts[0] == "shl" or value.dtype.kind == "u":
+        shifted = np.where(by < width, shifted, 0).astype(value.dtype)
+    program.put(step.operands[0], shifted, active)
 
 
 def extract_bits(program, step, active):
@@ -279,12 +252,8 @@ def copy_async(program, step, active):
     if parts == ["commit_group"]:
         program.copy_groups.append(program.copies)
         program.copies = []
-    elif parts[0] in ("wait_group", "wait_all"):
-        if parts[0] == "wait_all":
-            program.copy_groups.append(program.copies)
-            program.copies = []
-        keep = int(step.operands[0]) if parts[0] == "wait_group" else 0
-        while len(program.copy_groups) > keep:
+    elif parts[0] == "wait_group":
+        while len(program.copy_groups) > int(step.operands[0]):
             for arguments in program.copy_groups.pop(0):
                 finish_copy(program, *arguments)
     elif parts[0] in ("ca", "cg"):
@@ -324,16 +293,12 @@ def fence(program, step, active):
 
 
 def shuffle(program, step, active):
-    """shfl: the value of another lane of the warp, one's own if that lane is out of range."""
-    value = program.get(step.operands[1], "u32")
-    by, mask = (program.get(name, "u32").astype(np.int64) for name in step.operands[2:4])
-    lane, segment, clamp = program.lane, (mask >> 8) & 31, mask & 31
-    last = (lane & segment) | (clamp & ~segment)
-    other = {"bfly": lane ^ by, "up": lane - by, "down": lane + by,
-             "idx": (lane & segment) | (by & ~segment & 31)}[step.parts[2]]
-    inside = other >= last if step.parts[2] == "up" else other <= last
-    other = np.where(inside, other, lane)
-    program.put(step.operands[0], value[32 * program.warp + other], active)
+    """shfl: the value of the lane of the warp whose number differs in some bits, or of one lane."""
+    value, by = (program.get(name, "u32") for name in step.operands[1:3])
+    if step.operands[3] != "31" or step.parts[2] not in ("bfly", "idx"):
+        raise Fault("unknown instruction")
+    lane = program.lane ^ by if step.parts[2] == "bfly" else by
+    program.put(step.operands[0], value[32 * program.warp + lane.astype(np.int64)], active)
 
 
 # ---------------------------------------------------------------------------------------- matrices
@@ -359,13 +324,12 @@ def load_matrix(program, step, active):
 
 
 def store_matrix(program, step, active):
-    """stmatrix, its inverse."""
+    """stmatrix, its inverse, of matrices that are not transposed."""
+    if "trans" in step.parts:
+        raise Fault("unknown instruction")
     for number, name in enumerate(step.operands[1]):
         rows, every, who = matrix_rows(program, step, step.operands[0], number)
-        matrix = program.get(name, "b32").view(np.uint16).reshape(-1, 8, 8)
-        if "trans" in step.parts:
-            matrix = np.ascontiguousarray(matrix.mT)
-        data = matrix.view(np.uint8).reshape(-1, 16)
+        data = program.get(name, "b32").view(np.uint8).reshape(-1, 16)
         program.shared.access(rows, 16, every, who, data)
 
 

@@ -129,8 +129,6 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
     # lanes
     ("shfl.sync.bfly.b32 %r2, %r1, 5, 31, -1;", I ^ 5),
     ("shfl.sync.idx.b32 %r2, %r1, 3, 31, -1;", I * 0 + 3),
-    ("cvt.rn.f32.s32 %r3, %r1; fma.rn.f32 %r4, %r3, %r3, 0f3F800000; cvt.rzi.s32.f32 %r2, %r4;",
-     I * I + 1),
     ("cvt.rn.f32.s32 %r3, %r1; cvt.rn.bf16x2.f32 %r2, %r3, 0f3F800000;",
      (I.astype(np.float32).view(np.uint32) & 0xFFFF0000) + 0x3F80),
     # memory
@@ -188,6 +186,12 @@ def test_barriers_and_waits():
      .replace("%r4", "global_smem"), dict(warps=2), "race"),
     ("st.global.b32 [%rd2+4], %r1;", {}, "out of bounds"),
     ("st.global.b32 [%rd2], %r1;", dict(grid=(2,)), "race"),
+    ("mov.u32 %r3, %ctaid.x; setp.eq.u32 %p1, %r3, 0; @%p1 st.global.b32 [%rd2], %r1; "
+     "@!%p1 ld.global.b32 %r4, [%rd2];", dict(grid=(2,)), "race"),
+    (COPY.split("cp.async")[0] + "xor.b32 %r4, %r3, 128; ld.shared.b32 %r5, [%r4]; "  # before it
+     "cp.async.ca.shared.global [%r3], [%rd2], 4; cp.async.commit_group; bar.sync 0; "
+     "cp.async.wait_group 0;", dict(warps=2), "race"),
+    ("setp.lt.u32 %p1, %r1, 5; @%p1 bra $END; $END:", {}, "branch differently"),
     ("st.global.b32 [%rd1], %r1;", {}, "lanes of a store differ"),
     ("st.global.b32 [%rd2+2], %r1;", {}, "misaligned"),
     ("brev.b32 %r2, %r1;", {}, "brev.b32"),
@@ -201,70 +205,40 @@ def test_fault(body, options, words):
 # What lies in which lane's register is written here as the PTX manual gives it, lane by lane:
 # g = lane / 4, t = lane % 4.
 
-# the 8 x 8 matrix 0 .. 63 in shared memory, two numbers to a lane's word; %r6: row 7 - lane % 8
-PAIRS = I * 0x20002 + 0x10000
-MATRIX = ("mad.lo.s32 %r4, %r1, 0x20002, 0x10000; shl.b32 %r3, %r1, 2; st.shared.b32 [%r3], %r4; "
-          "and.b32 %r5, %r1, 7; shl.b32 %r5, %r5, 4; sub.s32 %r6, 112, %r5; ")
-
-
-def element(row, column):
-    """Of the matrix that MATRIX stores: row r's two numbers for one lane."""
-    return row * 8 + column
-
-
-def pair(low, high):
-    return low | high << 16
-
-
-@pytest.mark.parametrize("line, expected", [
-    ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [%r6];",
-     pair(element(7 - I // 4, 2 * (I % 4)), element(7 - I // 4, 2 * (I % 4) + 1))),
-    ("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r2}, [%r5];",
-     pair(element(2 * (I % 4), I // 4), element(2 * (I % 4) + 1, I // 4))),
-    ("shr.u32 %r8, %r1, 3; and.b32 %r8, %r8, 1; setp.eq.u32 %p1, %r8, 0; "  # lanes 8 to 15: row i
-     "selp.b32 %r7, %r6, %r5, %p1; "
-     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r9, %r2}, [%r7]; sub.s32 %r2, %r2, %r9;",
-     PAIRS - pair(element(7 - I // 4, 2 * (I % 4)), element(7 - I // 4, 2 * (I % 4) + 1))),
-    ("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r6], {%r4}; ld.shared.b32 %r2, [%r3];",
-     pair(element(7 - I // 4, 2 * (I % 4)), element(7 - I // 4, 2 * (I % 4) + 1))),
-    ("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%r5], {%r4}; ld.shared.b32 %r2, [%r3];",
-     pair(element(2 * (I % 4), I // 4), element(2 * (I % 4) + 1, I // 4))),
-])
-def test_matrices_of_8_rows(line, expected):
-    found = execute(MATRIX + line + "st.global.b32 [%rd2], %r2;")
-    np.testing.assert_array_equal(found, (expected & 0xFFFFFFFF).astype(np.uint32))
-
-
-# four matrices: lane l gives row l % 8 of matrix l / 8, here the bytes from 16 (31 - l) on
-FOUR = ("shl.b32 %r3, %r1, 4; shl.b32 %r4, %r1, 2; mad.lo.s32 %r5, %r4, 0x20002, 0x10000; "
-        "add.s32 %r6, %r5, 0x20002; add.s32 %r7, %r6, 0x20002; add.s32 %r8, %r7, 0x20002; "
-        "st.shared.v4.b32 [%r3], {%r5, %r6, %r7, %r8}; sub.s32 %r9, 496, %r3; "
-        "mad.wide.u32 %rd7, %r1, 16, %rd1; ")
+# lane l gives row l % 8 of matrix l / 8, here the bytes from 16 (31 - l) on, of the halves 0 .. 255
+HALVES = ("shl.b32 %r3, %r1, 4; shl.b32 %r4, %r1, 2; mad.lo.s32 %r5, %r4, 0x20002, 0x10000; "
+          "add.s32 %r6, %r5, 0x20002; add.s32 %r7, %r6, 0x20002; add.s32 %r8, %r7, 0x20002; "
+          "st.shared.v4.b32 [%r3], {%r5, %r6, %r7, %r8}; sub.s32 %r9, 496, %r3; "
+          "mad.wide.u32 %rd7, %r1, 16, %rd1; ")
 OUT_FOUR = "st.global.v4.b32 [%rd7], {%r10, %r11, %r12, %r13};"
 
 
-def four(transposed: bool):
-    """Registers (lane, matrix) of the 256 halves 0 .. 255 read so."""
+def matrix_words(transposed: bool):
+    """Registers (lane, matrix) of the halves read so."""
     found = np.zeros((32, 4), np.int64)
     for lane, matrix in np.ndindex(32, 4):
         g, t = divmod(lane, 4)
         places = [(2 * t, g), (2 * t + 1, g)] if transposed else [(g, 2 * t), (g, 2 * t + 1)]
         low, high = (8 * (31 - 8 * matrix - row) + column for row, column in places)
         found[lane, matrix] = low | high << 16
-    return found.reshape(-1)
+    return found
 
 
-@pytest.mark.parametrize("trans", ["", ".trans"])
-def test_four_matrices(trans):
-    load = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r9]; "
-    found = execute(FOUR + load + OUT_FOUR, words=4)
-    np.testing.assert_array_equal(found, four(bool(trans)))
-    # stored with the same addresses they are where they were
-    store = f"stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r9], {{%r10, %r11, %r12, %r13}}; "
+@pytest.mark.parametrize("count, trans", [(1, ""), (4, ""), (4, ".trans")])
+def test_matrices_of_8_rows(count, trans):
+    names = ", ".join(f"%r{10 + i}" for i in range(count))
+    load = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 {{{names}}}, [%r9]; "
+    found = execute(HALVES + load + OUT_FOUR, words=4).reshape(32, 4)
+    np.testing.assert_array_equal(found[:, :count], matrix_words(bool(trans))[:, :count])
+    # stored with the same addresses they are where they were, among zeros
+    load = load.replace(".trans", "")
+    store = f"stmatrix.sync.aligned.m8n8.x{count}.shared.b16 [%r9], {{{names}}}; "
     zeros = "st.shared.v4.b32 [%r3], {0, 0, 0, 0}; "
     again = "ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r3]; "
-    found = execute(FOUR + load + zeros + store + again + OUT_FOUR, words=4)
-    np.testing.assert_array_equal(found, 0x10000 + 0x20002 * np.arange(128))
+    found = execute(HALVES + load + zeros + store + again + OUT_FOUR, words=4)
+    np.testing.assert_array_equal(found[-32 * count:], (0x10000 + 0x20002 * np.arange(128))[
+        -32 * count:])
+    assert not found[: -32 * count].any()
 
 
 def test_copies_of_fewer_bytes_fill_with_zeros():
@@ -352,74 +326,6 @@ def test_mma(kind):
     np.testing.assert_allclose(result_matrix(found), expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
-WGMMA = (LOAD_A + "ld.param.b64 %rd5, [k_param_2]; mad.wide.u32 %rd6, %r1, 8, %rd5; "
-         "ld.global.v2.b32 {%r14, %r15}, [%rd6]; setp.lt.u32 %p1, %r1, 64; "  # a word, its place
-         "@%p1 st.shared.b32 [%r15], %r14; fence.proxy.async.shared::cta; bar.sync 0; "
-         "ld.param.b64 %rd8, [k_param_3]; setp.ne.u32 %p2, 1, 0; "
-         "mov.b32 %f1, 0f3F800000; mov.b32 %f2, %f1; mov.b32 %f3, %f1; mov.b32 %f4, %f1; "
-         "wgmma.fence.sync.aligned; "
-         "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, "
-         "{%r10, %r11, %r12, %r13}, %rd8, %p2, 1, 1, 0; "
-         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; " + STORE_D)
-
-
-def wgmma(body, start=256):
-    """(D, A B + 1): A (64, 16) in four warps' registers, B (16, 8) in shared memory from `start`.
-
-    B lies by columns of 16 numbers, 32 bytes, in whose swizzle the address's bit 4 is flipped
-    where its bit 7 is set.
-    """
-    generator = torch.Generator().manual_seed(1)
-    a = torch.randn(64, 16, generator=generator).half()
-    b = torch.randn(16, 8, generator=generator).half()
-    left = torch.cat([left_words(a[16 * warp:16 * warp + 16], "f16") for warp in range(4)])
-    places = start + 4 * torch.arange(64)  # of each pair of numbers
-    places = places ^ ((places >> 7 & 1) << 4)
-    stored = torch.zeros(128, 2, dtype=torch.int32)
-    stored[:64, 0], stored[:64, 1] = words(b.T.contiguous()).flatten(), places.int()
-    descriptor = start >> 4 | 1 << 16 | (256 >> 4) << 32 | 3 << 62
-    found = execute(body, 4, inputs=[left, stored, descriptor - 2**64], words=4)
-    return result_matrix(found, 64), (a.double() @ b.double() + 1).numpy()
-
-
-def test_wgmma():
-    found, expected = wgmma(WGMMA)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_wgmma_is_done_when_it_is_waited_for():
-    found, _ = wgmma(WGMMA.replace("wait_group.sync.aligned 0", "wait_group.sync.aligned 1"))
-    assert np.isnan(found).all()  # garbage until then
-
-
-@pytest.mark.parametrize("line, words", [
-    ("fence.proxy.async.shared::cta;", "not fenced"), ("bar.sync 0;", "race"),
-])
-def test_wgmma_of_what_was_just_stored(line, words):
-    with pytest.raises(ptx.Fault, match=words):
-        wgmma(WGMMA.replace(line, ""))
-    one_warp = WGMMA.replace("%p1, %r1, 64", "%p1, %r1, 32")  # which all four of the group read
-    with pytest.raises(ptx.Fault, match=words):
-        wgmma(one_warp.replace(line, ""))
-
-
-@pytest.mark.parametrize("behind", ["", "add.f32 %f2, %f9, %f9;", "add.f32 %f9, %f2, %f2;"])
-def test_wgmma_of_registers_that_were_not_fenced(behind):
-    """No fence; a register written or read behind the fence."""
-    fence = "wgmma.fence.sync.aligned;"
-    with pytest.raises(ptx.Fault, match="since the last wgmma.fence"):
-        wgmma(WGMMA.replace(fence, fence * bool(behind) + behind))
-
-
-@pytest.mark.parametrize("line, words", [
-    ("mov.b32 %r10, 0;", "changed before it was waited for"),
-    ("@%p1 st.shared.b32 [%r15], 0;", "race|changed before it was waited for"),
-])
-def test_what_wgmma_reads_may_not_change_before_it_is_done(line, words):
-    with pytest.raises(ptx.Fault, match=words):
-        wgmma(WGMMA.replace("wgmma.wait_group", line + " wgmma.wait_group"))
-
-
 def shared_image(memory, matrix, start, width, leading, stride, along_k):
     """Lays a matrix (rows, K) into bytes as a descriptor of these four numbers has it.
 
@@ -448,14 +354,14 @@ def packed_descriptor(start, width, leading, stride):
     return bits - 2**64 if bits >= 2**63 else bits
 
 
-def tiles(kind, columns, left, right, without=None):
-    """(D, A B): D (64, columns), A and B in shared memory as `left` and `right` lay them out, or A
-    in registers; `without` some line."""
+def wgmma(kind, columns, left, right, accumulate=False, edit=("", "")):
+    """(D, A B, or 1 + A B): D (64, columns), A and B in shared memory as `left` and `right` lay them
+    out, or A in registers (None). `edit`: what is replaced in the program, and by what."""
     generator, K = torch.Generator().manual_seed(2), 8 if kind == "tf32" else 16
     a, b = (torch.randn(n, K, generator=generator).to(KINDS[kind]) for n in (64, columns))
     memory = np.zeros(16384, np.uint8)
     shared_image(memory, b, *right)
-    d = ", ".join(f"%f{i}" for i in range(columns // 2))
+    registers = [f"%f{i}" for i in range(columns // 2)]
     if left:
         shared_image(memory, a, *left)
         source, inputs = "%rd9", [torch.zeros(128, 4, dtype=torch.int32)]
@@ -463,42 +369,72 @@ def tiles(kind, columns, left, right, without=None):
         source = "{%r10, %r11, %r12, %r13}"
         inputs = [torch.cat([left_words(a[16 * warp:][:16], kind) for warp in range(4)])]
     transposed = [str(int(not layout[4])) for layout in (left, right) if layout]
-    stores = " ".join(f"st.global.b32 [%rd7+{4 * i}], %f{i};" for i in range(columns // 2))
     body = (
         LOAD_A + "ld.param.b64 %rd5, [k_param_2]; mad.wide.u32 %rd6, %r1, 128, %rd5; "
         "mul.lo.u32 %r14, %r1, 128; "
         + " ".join(f"ld.global.b32 %r15, [%rd6+{i}]; st.shared.b32 [%r14+{i}], %r15;"
                    for i in range(0, 128, 4))
         + "fence.proxy.async.shared::cta; bar.sync 0; "
-        "ld.param.b64 %rd8, [k_param_3]; ld.param.b64 %rd9, [k_param_4]; setp.ne.u32 %p2, 0, 0; "
+        + " ".join(f"mov.b32 {name}, 0f3F800000;" for name in registers * accumulate)
+        + f"setp.ne.u32 %p2, {int(accumulate)}, 0; "
+        "ld.param.b64 %rd8, [k_param_3]; ld.param.b64 %rd9, [k_param_4]; "
         "wgmma.fence.sync.aligned; "
-        f"wgmma.mma_async.sync.aligned.m64n{columns}k{K}.f32.{kind}.{kind} {{{d}}}, {source}, "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k{K}.f32.{kind}.{kind} "
+        f"{{{', '.join(registers)}}}, {source}, "
         f"%rd8, %p2, 1, 1{', '.join(['', *transposed]) if kind != 'tf32' else ''}; "
         "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; "
-        f"mad.wide.u32 %rd7, %r1, {2 * columns}, %rd1; " + stores)
+        f"mad.wide.u32 %rd7, %r1, {2 * columns}, %rd1; "
+        + " ".join(f"st.global.b32 [%rd7+{4 * i}], {name};" for i, name in enumerate(registers)))
+    assert edit[0] in body
     descriptors = [packed_descriptor(*layout[:4]) if layout else 0 for layout in (right, left)]
-    found = execute(body.replace(without or "\n", ""), 4, 16384, words=columns // 2,
+    found = execute(body.replace(*edit), 4, 16384, words=columns // 2,
                     inputs=[*inputs, torch.from_numpy(memory), *descriptors])
-    return result_matrix(found, 64, columns), (cut(a) @ cut(b).T).numpy()
+    return result_matrix(found, 64, columns), (cut(a) @ cut(b).T + accumulate).numpy()
 
 
-@pytest.mark.parametrize("kind, columns, left, right", [
+@pytest.mark.parametrize("kind, columns, left, right, accumulate", [
     # (start, width, leading, stride, along k) of A, None: in registers; and of B
-    ("f16", 24, None, (1024, 32, 16, 256, True)),
-    ("bf16", 24, (0, 128, 16, 1024, True), (8192 + 32, 128, 16, 1024, True)),  # k = 16 .. 31 of B
-    ("f16", 16, (0, 64, 16, 512, True), (4096, 32, 16, 256, False)),
-    ("bf16", 64, (0, 128, 16, 1024, False), (8192, 64, 512, 1024, False)),
-    ("bf16", 128, None, (0, 128, 2048, 1024, False)),
-    ("tf32", 40, None, (0, 32, 16, 256, True)),
-    ("tf32", 8, (0, 64, 16, 512, True), (8192, 128, 16, 1024, True)),
+    ("f16", 24, None, (1024, 32, 16, 256, True), True),
+    ("bf16", 24, (0, 128, 16, 1024, True), (8192 + 32, 128, 16, 1024, True), False),  # k >= 16 of B
+    ("f16", 16, (0, 64, 16, 512, True), (4096, 32, 16, 256, False), False),
+    ("bf16", 64, (0, 128, 16, 1024, False), (8192, 64, 512, 1024, False), True),
+    ("bf16", 128, None, (0, 128, 2048, 1024, False), False),
+    ("tf32", 40, None, (0, 32, 16, 256, True), False),
+    ("tf32", 8, (0, 64, 16, 512, True), (8192, 128, 16, 1024, True), True),
 ])
-def test_wgmma_of_several_tiles(kind, columns, left, right):
-    found, expected = tiles(kind, columns, left, right)
+def test_wgmma(kind, columns, left, right, accumulate):
+    found, expected = wgmma(kind, columns, left, right, accumulate)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_first_wgmma_needs_a_fence():
-    """Even of registers that nobody has touched."""
-    layouts = (0, 64, 16, 512, True), (8192, 128, 16, 1024, True)
-    with pytest.raises(ptx.Fault, match="since the last wgmma.fence"):
-        tiles("tf32", 8, *layouts, without="wgmma.fence.sync.aligned; ")
+A_IN_REGISTERS = ("f16", 8, None, (1024, 32, 16, 256, True))
+A_IN_SHARED_MEMORY = ("tf32", 8, (0, 64, 16, 512, True), (8192, 128, 16, 1024, True))
+REGISTER_FENCE = "wgmma.fence.sync.aligned; "
+
+
+def test_wgmma_is_done_when_it_is_waited_for():
+    late = ("wait_group.sync.aligned 0", "wait_group.sync.aligned 1")
+    found, _ = wgmma(*A_IN_REGISTERS, accumulate=True, edit=late)
+    assert np.isnan(found).all()  # garbage until then
+
+
+@pytest.mark.parametrize("layout", [A_IN_REGISTERS, A_IN_SHARED_MEMORY])
+@pytest.mark.parametrize("line, by, words", [
+    # shared memory that was just stored
+    ("fence.proxy.async.shared::cta;", "", "not fenced"), ("bar.sync 0;", "", "race"),
+    # registers touched since the last wgmma.fence: no fence, which untouched ones need too; written
+    # and read behind it
+    (REGISTER_FENCE, "", "since the last wgmma.fence"),
+    (REGISTER_FENCE, REGISTER_FENCE + "add.f32 %f2, %f9, %f9; ", "since the last wgmma.fence"),
+    (REGISTER_FENCE, REGISTER_FENCE + "add.f32 %f9, %f2, %f2; ", "since the last wgmma.fence"),
+    # an operand that changes before the product is done
+    ("wgmma.wait_group", "st.shared.b32 [%r14], 0; wgmma.wait_group", "race|changed before"),
+])
+def test_wgmma_needs_fences_barriers_and_waits(layout, line, by, words):
+    with pytest.raises(ptx.Fault, match=words):
+        wgmma(*layout, edit=(line, by))
+
+
+def test_registers_that_wgmma_reads_may_not_change_before_it_is_done():
+    with pytest.raises(ptx.Fault, match="changed before it was waited for"):
+        wgmma(*A_IN_REGISTERS, edit=("wgmma.wait_group", "mov.b32 %r10, 0; wgmma.wait_group"))
