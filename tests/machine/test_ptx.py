@@ -188,8 +188,7 @@ def test_barriers_and_waits():
     ("st.global.b32 [%rd2], %r1;", dict(grid=(2,)), "race"),
     ("mov.u32 %r3, %ctaid.x; setp.eq.u32 %p1, %r3, 0; @%p1 st.global.b32 [%rd2], %r1; "
      "@!%p1 ld.global.b32 %r4, [%rd2];", dict(grid=(2,)), "race"),
-    (COPY.split("cp.async")[0] + "xor.b32 %r4, %r3, 128; ld.shared.b32 %r5, [%r4]; "  # before it
-     "cp.async.ca.shared.global [%r3], [%rd2], 4; cp.async.commit_group; bar.sync 0; "
+    (EXCHANGE + "cp.async.ca.shared.global [%r3], [%rd2], 4; cp.async.commit_group; bar.sync 0; "
      "cp.async.wait_group 0;", dict(warps=2), "race"),
     ("setp.lt.u32 %p1, %r1, 5; @%p1 bra $END; $END:", {}, "branch differently"),
     ("st.global.b32 [%rd1], %r1;", {}, "lanes of a store differ"),
