@@ -86,20 +86,19 @@ def test_compiled_kernels_fit_and_use_the_tensor_cores(compiled):
 
 
 def test_times_table(monkeypatch):
-    """What the first GPU runs, on a CPU: every call once, and what its rows are made of."""
-    def once(function):
+    """What a GPU runs, on a CPU: each call once, and what its row is made of."""
+    def milliseconds(function):
         calls.append(function)
         if len(calls) > 2:  # not the copy and the product that scale the roofline: large
             function()
-        return len(calls)  # milliseconds
+        return len(calls)
 
     calls = []
-    monkeypatch.setattr(benchmark, "milliseconds", once)
+    monkeypatch.setattr(benchmark, "milliseconds", milliseconds)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
     shape = Shape(B=1, S=1, d=16, h=2, w=3, D=16, C=3, G=2)
     rows = list(benchmark.times_at(shape, torch.bfloat16, "cpu"))
-    assert len(calls) == 2 + 3 * len(rows)
     cases = benchmark.cases(shape, torch.bfloat16)
     directions = [(name, direction) for name, case in cases.items()
                   for direction in ("forward", "forward + backward")[:len(case.kernels)]]

@@ -7,6 +7,8 @@ docs/kernels.md says why the rest changes nothing.
 """
 
 import datetime
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -93,17 +95,13 @@ def mutants(code: str, fault: str) -> list[str]:
 
 
 def planted(name: str, dtype: str, sm: int):
-    """Each fault in each kernel that a check runs: its (kernel, fault), and whether it is seen, as
-    a function."""
+    """((kernel, fault), a function that says whether it is seen) for each place in each kernel that
+    the check's cases run."""
     check, cases = CASES[name]
-    launched: dict[str, list] = {}  # PTX: the cases that run it
-    for case in cases:
-        case = case._replace(dtype=DTYPES[dtype])
-
+    launched: dict[str, set] = {}  # PTX: the cases that run it
+    for case in (case._replace(dtype=DTYPES[dtype]) for case in cases):
         def remember(code):
-            launched.setdefault(code, [])
-            if case not in launched[code]:
-                launched[code].append(case)
+            launched.setdefault(code, set()).add(case)
             return code
 
         with ptx.emulated(sm, remember):
@@ -112,17 +110,16 @@ def planted(name: str, dtype: str, sm: int):
     def seen(code, mutant) -> bool:
         try:
             with ptx.emulated(sm, lambda launched: mutant if launched == code else launched):
-                for case in launched[code]:
+                for case in sorted(launched[code], key=str):
                     check(kernels, case)
         except (AssertionError, ptx.Fault):
             return True
         return False
 
-    for code in launched:
+    for code, fault in itertools.product(launched, FAULTS):
         kernel = re.search(r"\.entry (\w+)", code)[1]
-        for fault in FAULTS:
-            for mutant in mutants(code, fault):
-                yield (kernel, fault), lambda code=code, mutant=mutant: seen(code, mutant)
+        for mutant in mutants(code, fault):
+            yield (kernel, fault), functools.partial(seen, code, mutant)
 
 
 def rows(name: str, dtype: str, sm: int) -> list[dict]:
@@ -151,11 +148,17 @@ def test_some_of_the_planted_faults(name, dtype, sm):
         assert seen(), where
 
 
-CONVOLUTION = (check_dynamic_conv2d, ConvCase(B=1, D=72, C=24, G=2, h=3, w=5))
+full = pytest.mark.full
 
 
-def assert_seen_everywhere(check, case, fault, sm):
-    """Every match of a fault replaced."""
+@pytest.mark.parametrize("sm", [pytest.param(80, marks=full), 90])
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("check, case", [
+    pytest.param(check_dynamic_conv2d, ConvCase(B=1, D=72, C=24, G=2, h=3, w=5), id="convolution"),
+    pytest.param(check_attention, HEAD, id="one pass", marks=full),
+    pytest.param(check_attention, HEAD._replace(B=1, N=269), id="two passes", marks=full),
+])
+def test_a_fault_at_every_place_of_a_compiled_kernel_is_seen(check, case, fault, sm):
     replaced = []
 
     def edit(code):
@@ -167,21 +170,6 @@ def assert_seen_everywhere(check, case, fault, sm):
         check(kernels, case._replace(dtype=torch.bfloat16))
         if not any(replaced):
             pytest.skip("nothing to break in this kernel")
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_compiled_code_is_seen(fault):
-    assert_seen_everywhere(*CONVOLUTION, fault, 90)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("sm", TARGETS)
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("check, case", [
-    CONVOLUTION, (check_attention, HEAD), (check_attention, HEAD._replace(B=1, N=269)),
-], ids=["convolution", "one pass", "two passes"])
-def test_a_fault_in_any_compiled_kernel_is_seen(check, case, fault, sm):
-    assert_seen_everywhere(check, case, fault, sm)
 
 
 def main() -> None:
