@@ -23,8 +23,8 @@ pytest.importorskip("triton")
 import kernel_properties
 import kernels
 from kernel_properties import (
-    ATTENTIONS, CONVOLUTIONS, DEIT_SMALL, DRAWN, DTYPES, PROPERTIES, AttentionCase, ConvCase,
-    attention_inputs, check_aggregate_attention, check_attention, check_class_ids,
+    ATTENTIONS, CONVOLUTIONS, DEIT_SMALL, DRAWN, DTYPES, LAYOUTS, PROPERTIES, AttentionCase,
+    ConvCase, attention_inputs, check_aggregate_attention, check_attention, check_class_ids,
     check_class_maps, check_class_row, check_dynamic_conv2d, check_dynamic_conv_logits, in_bounds,
     laid_out, unit, with_gradients,
 )
@@ -298,8 +298,10 @@ def test_operators_pass_torchs_own_checks():
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
 @each_operator
-def test_compiles_in_one_graph(name, amp, compile_whole):
-    """Forward and backward."""
+def test_compiles_in_one_graph(name, amp, compile_whole, monkeypatch):
+    """Forward and backward, on torch 2.11 too, whose Dynamo cannot trace is_autocast_available."""
+    monkeypatch.setattr(
+        torch.amp, "is_autocast_available", lambda device: torch._dynamo.graph_break())
     inputs = arguments(name)
 
     def run(function):
@@ -361,6 +363,48 @@ def test_autocast_casts_as_torchs_products_do(name, given):
 
 
 # --------------------------------------------------------------------------------- strides, addresses
+
+
+def test_upstream_gradients_may_have_any_strides():
+    """Those of the operators inside, to which torch hands what the steps behind them left."""
+    q, k, _ = arguments("attention")
+    x = arguments("dynamic_conv2d")[0]
+    for output, inputs in (
+        (rpam.class_rows(q[:, :, 0], k)[0], (q, k)), (cdm.window_sums(x, 3, True), (x,)),
+    ):
+        upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        for layout in LAYOUTS:
+            expected, found = (
+                torch.autograd.grad(output, inputs, u, retain_graph=True)
+                for u in (upstream, laid_out(upstream, layout)))
+            assert all(map(torch.equal, expected, found)), layout
+
+
+@pytest.mark.parametrize("dtype, d, layout, copied", [
+    (torch.float32, 64, "packed", False), (torch.float32, 64, "padded", True),  # rows of 69
+    (torch.float32, 61, "packed", True), (torch.float16, 64, "packed", False),
+    (torch.float16, 60, "packed", True),  # of 120 bytes
+    (torch.float32, 64, "sliced", True), (torch.float32, 64, "shifted", True),
+])
+def test_rows_off_16_bytes_are_copied_before_torchs_attention_on_cuda(
+        dtype, d, layout, copied, monkeypatch):
+    """Which has no kernel for them. Its own process has no GPU: these tensors only say so."""
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    given = []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *qkv: given.extend(qkv) or qkv[0])
+    qkv = attention_inputs(AttentionCase(d=d, dtype=dtype, layouts=(layout,) * 3))
+    if layout == "shifted":
+        qkv = [torch.nn.functional.pad(t, (4, 4))[..., 1 : 1 + d] for t in qkv]
+    kernels.attention(*(t.as_subclass(OnCuda) for t in qkv), backend="torch")
+    for before, after in zip(qkv, given, strict=True):
+        assert torch.equal(before, after)
+        assert (before.data_ptr() != after.data_ptr()) == copied
+        starts = [start * after.itemsize for start in (*after.stride()[:3], after.storage_offset())]
+        # rows that are no multiple of 16 bytes are torch's slow kernel's
+        assert d * after.itemsize % 16 or not any(start % 16 for start in starts)
 
 
 @pytest.fixture
