@@ -5,6 +5,7 @@ equations in float64: kernel_properties.py's properties, forward and backward.
     pytest tests/machine/test_kernels_ptx.py -m full    # drawn ones, and DeiT-S's: minutes
 """
 
+import itertools
 import pathlib
 import re
 
@@ -79,26 +80,24 @@ def test_float32_is_float32_unless_torch_may_take_tf32(check, case, sm):
 def test_every_instruction_that_kernels_use_has_a_program_of_its_own():
     """In test_ptx.py, written by hand."""
     written = (pathlib.Path(__file__).parent / "test_ptx.py").read_text()
-    kinds = set(re.search(r"KINDS = {(.*)}", written)[1].replace('"', "").split())
+    kinds = re.search(r"KINDS = {(.*)}", written)[1]
     used = set()
 
     def collect(code):
         used.update(".".join(step.parts) for step in ptx.parse(code, 0, 1).code)
         return code
 
-    for check, cases in PROPERTIES.items():
-        for sm in (80, 90):
-            for dtype in DTYPES:
-                for case in SMALL[cases]:
-                    with ptx.emulated(sm, collect):
-                        check(kernels, case._replace(dtype=dtype))
+    for sm, dtype, check in itertools.product((80, 90), DTYPES, PROPERTIES):
+        for case in SMALL[PROPERTIES[check]]:
+            with ptx.emulated(sm, collect):
+                check(kernels, case._replace(dtype=dtype))
 
     def tested(name: str) -> bool:
-        tiles = re.search(r"mma.*\.(m\d+n)\d+(k\d+)\.", name)
-        if tiles:  # there for each kind of number and each way to hold the operands
-            sizes = [("m16n", "k16"), ("m16n", "k8"), ("m64n", "k16"), ("m64n", "k8")]
-            return tiles.groups() in sizes and name.split(".")[-2] + ":" in kinds
-        return name in written or name.replace(".x4.trans", ".x4{trans}").replace(
-            ".x4.", ".x4{trans}.") in written
+        tile = re.search(r"mma.*\.(m16n8|m64n\d+)k(16|8)\.", name)
+        if tile:  # there for each kind of number and each way to hold the operands
+            return f'"{name.split(".")[-2]}"' in kinds
+        counted = re.sub(r"\.x[14]\b", ".x{count}", name)
+        either = re.sub(r"\.x[14](\.trans)?\b", ".x{count}{trans}", name)
+        return any(form in written for form in (name, counted, either))
 
     assert len(used) > 80 and not [name for name in sorted(used) if not tested(name)]

@@ -106,7 +106,7 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
     ("cvt.rn.f32.u32 %f1, %r1; add.f32 %f2, %f1, 0f3FC00000; sub.f32 %f3, %f2, 0f40000000; "
      "mul.f32 %r2, %f3, 0fC0800000;", bits((F - .5) * -4)),
     ("cvt.rn.f32.u32 %f1, %r1; add.rn.f32 %f2, %f1, 0f3F800000; mul.rn.f32 %f3, %f2, 0f3EAAAAAB; "
-     "mov.b32 %r2, %f3;", bits((F + 1) * np.float32(1 / 3))),
+     "sub.rn.f32 %r2, %f3, 0f40000000;", bits((F + 1) * np.float32(1 / 3) - 2)),
     ("cvt.rn.f32.u32 %f1, %r1; div.full.f32 %r2, 0f3F800000, %f1;", bits([np.inf, *1 / F[1:]])),
     ("cvt.rn.f32.s32 %f1, %r1; add.f32 %f2, %f1, 0fC31B0000; ex2.approx.ftz.f32 %r2, %f2;",
      bits(np.where(F - 155 < -126, 0, np.exp2(np.float64(F - 155))))),  # 2^-155 .. 2^-124
