@@ -283,14 +283,6 @@ def resize_pos_embed(
     return torch.cat([pos_embed[:, :1], patches.flatten(2).mT], 1)
 
 
-def resize_patches(weight: Tensor, size: int) -> Tensor:
-    """(D, 3, P', P') -> (D, 3, P, P), bicubically, scaled: a plain patch keeps its embedding."""
-    if weight.shape[-1] == size:
-        return weight
-    scale = (weight.shape[-1] / size) ** 2
-    return F.interpolate(weight, (size, size), mode="bicubic", align_corners=False) * scale
-
-
 def sizes(state: dict[str, Tensor], source: str) -> dict:
     """The flags of a ViT that the shapes of its parameters give."""
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -313,7 +305,10 @@ def resize(
         stored, with_cls = find_grid(positions.shape[1], grid, target, source)
         state["pos_embed"] = resize_pos_embed(positions, stored, target, with_cls)
     if weight is not None and weight.numel() and weight.shape == (D, 3, *weight.shape[-1:] * 2):
-        state["patch_embed.proj.weight"] = resize_patches(weight, P)
+        side = weight.shape[-1]
+        if side != P:  # scaled: a patch of one colour keeps its embedding
+            weight = F.interpolate(weight, (P, P), mode="bicubic", align_corners=False)
+            state["patch_embed.proj.weight"] = weight * (side / P) ** 2
     return [key for key, value in state.items() if value is not before[key]]
 
 

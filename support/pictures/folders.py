@@ -183,6 +183,12 @@ def splits_of(root: Path) -> list[str]:
     return splits
 
 
+def is_run(folder: Path) -> bool:
+    """Whether train.py made a folder: a run, or runs/ without pictures of its own."""
+    return os.path.exists(folder / ".lock") or (
+        folder.name == "runs" and not list_folder(folder, defaultdict(list))[1])
+
+
 def list_split(
     root: Path, split: str, classes: Sequence[str] | None
 ) -> tuple[list[str], Path, list[list[str]], list[str]]:
@@ -194,10 +200,10 @@ def list_split(
         if splits and needed not in splits:
             raise DataError(f"{root / needed}: no such folder, only {', '.join(splits)}: {layout}")
 
-    # beside plain class folders may lie boxes.csv and the runs of train.py
+    # beside class folders may lie boxes.csv and the runs of train.py
+    folders, beside = list_folder(root, defaultdict(list))
     folder, known = root / "train" if splits else root, {"boxes.csv"}
-    if not splits and os.path.isdir(root / "runs"):
-        known |= set() if list_folder(root / "runs", defaultdict(list))[1] else {"runs"}
+    known |= {name.lower() for name in folders if not splits and is_run(root / name)}
     names = list_classes(folder, defaultdict(list), known) if not classes else list(classes)
     if not names:
         raise DataError(f"{folder}: no class folders: {layout}")
@@ -205,14 +211,12 @@ def list_split(
 
     if splits:
         images = list_images(root / split, left_out, classes, split == "train")
-        folders, beside = list_folder(root, defaultdict(list))
         left_out[BESIDE] += [str(root / name) for name in beside]
         for name in folders:
-            if name not in SPLITS:
+            if name not in SPLITS and not is_run(root / name):
                 left_out[BESIDE] += images_below(root / name, defaultdict(list))
         return classes, root / split, images, notes_of(left_out)
 
-    folders, _ = list_folder(root, defaultdict(list))
     if not any(list_folder(root / name, defaultdict(list))[1] for name in folders):
         raise DataError(f"{root}: no images in its folders: {layout}")
     images = list_images(root, left_out, classes, complete, known)

@@ -604,10 +604,12 @@ def test_plain_class_folders_with_boxes_and_a_checkpoints_classes(plain):
     error_of(lambda: load("folder", root, classes=["class 0"]), root / "class 1")
 
 
-def test_runs_beside_plain_class_folders_are_no_class_unless_they_hold_pictures(plain):
+def test_runs_of_train_beside_class_folders_are_no_classes(plain):
     root = plain(30, 30)
     before = names_of(load("folder", root))
     picture(root / "runs/folder-cdm-seed0/gallery.png")  # of train.py, started in this folder
+    picture(root / "first/gallery.png")  # and with --out
+    touch(root / "first/.lock")
     for classes in (None, ["class 0", "class 1"]):
         assert names_of(load("folder", root, classes=classes)) == before
     picture(root / "runs/1.jpg")
