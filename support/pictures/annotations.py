@@ -10,7 +10,6 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 from support.common import printable
@@ -131,19 +130,14 @@ def below(root: Path, name: str) -> str:
     return nfc(name)
 
 
-class Objects(NamedTuple):
-    """An XML annotation as ILSVRC and Pascal VOC have it."""
-
-    boxes: list[tuple[str, tuple]]  # (class, (xmin, ymin, xmax, ymax)) as the file says
-    stated: tuple[int, int] | None  # <size>: width, height; None where it is missing or 0
-    picture: str  # <folder>/<filename>
-
-
 def read_objects(
     file: Path, from_one: bool = False, left_out: list[str] | None = None
-) -> Objects:
-    """from_one: boxes count pixels from 1 and have their last ones inside; half-open boxes from 0
-    are returned. left_out: gathers the objects that are none, which are errors without it.
+) -> tuple[list[tuple[str, tuple]], tuple[int, int] | None, str]:
+    """An XML annotation as ILSVRC and Pascal VOC have it: a (class, box) for each object; its
+    <size>, None where it is missing or 0; <folder>/<filename>.
+
+    from_one: boxes count pixels from 1 and have their last ones inside; half-open boxes from 0
+    are returned. left_out: gathers the objects that have no box, which are errors without it.
     """
     text, objects = read_text(file), []
     if "<!DOCTYPE" in text:  # may declare entities that expand without end
@@ -164,7 +158,7 @@ def read_objects(
     sides = [annotation.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     stated = read_size(*(side or 0 for side in sides), f"{file}: <size>")
     names = [annotation.findtext(tag, "").strip() for tag in ("folder", "filename")]
-    return Objects(objects, stated, "/".join(names))
+    return objects, stated, "/".join(names)
 
 
 def parse_object(item: ElementTree.Element, from_one: bool) -> tuple[str, tuple[float, ...]]:

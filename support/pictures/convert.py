@@ -33,7 +33,7 @@ from support.pictures.decode import DataError, Decoded, decode
 from support.pictures.folders import SUFFIXES, images_below
 
 UNMATCHED = "annotations are of no image below --root and are left out"
-UNREADABLE = "files or images cannot be read and are left out"
+UNUSABLE = "files or images cannot be used and are left out"
 NO_BOX = "boxes have no area, no numbers, another unit or no known class and are left out"
 INCOMPLETE = "entries lack what COCO has and are left out"
 OTHER_CLASS = "boxes are of another class than their image's folder and are left out"
@@ -49,11 +49,11 @@ Remarks = dict[str, list]  # {what there is to say: of which files, lines or ima
 
 
 class Annotation(NamedTuple):
-    """Of one picture, not yet found."""
+    """What a file says of one picture, whichever that is."""
 
     where: str  # what an error names
     names: list[str]  # paths that the picture may have, the likeliest first, perhaps without ending
-    # of the picture found: (class, box in pixels of the upright picture), and a note's reason
+    # of the matching picture: (class, box in pixels of the upright picture), and a remark
     read: Callable[[Decoded, Path], tuple[list[tuple[str, tuple]], str]]
 
 
@@ -69,7 +69,7 @@ def convert(form: str, source: Path, root: Path) -> tuple[str, list[str]]:
             decoded = decode(root / picture, header_only=True)
             boxes, remark = annotation.read(decoded, root / picture)
         except DataError as error:
-            remarks[UNREADABLE].append(error)
+            remarks[UNUSABLE].append(error)
             continue
         if remark:
             remarks[remark].append(annotation.where)
@@ -260,7 +260,7 @@ def read_voc(folder: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable
         try:
             boxes, stated, name = read_objects(file, from_one=True, left_out=remarks[NO_BOX])
         except DataError as error:
-            remarks[UNREADABLE].append(error)
+            remarks[UNUSABLE].append(error)
             continue
         classes.update(name for name, _ in boxes)
         if boxes:
@@ -293,7 +293,7 @@ def yolo_names(places: Iterable[Path], remarks: Remarks) -> dict[int, str]:
             try:
                 names = yaml_names(read_text(file))
             except DataError as error:
-                remarks[UNREADABLE].append(error)
+                remarks[UNUSABLE].append(error)
                 continue
             if names:
                 return names

@@ -7,14 +7,13 @@ import os
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 import data
-from helpers import call, picture, script_error
+from helpers import call, exif, picture, script_error
 from support.pictures.convert import convert
 
 SIZE = "<size><width>60</width><height>40</height><depth>3</depth></size>"
-A, B, C, E = "test/cat/a.jpg", "test/cat/b.png", "test/dog/c.jpg", "test/\xe9t\xe9/e.jpg"
+A, B, C, E = "test/cat/a.jpg", "test/cat/b.png", "test/dog/c.jpg", "test/\xe9t\xe9/\xe9.jpg"
 CAT_AND_DOG = "0 .5 .5 .5 .5\n1 .1 .1 .1 .1"
 
 
@@ -172,15 +171,16 @@ CASES = {  # form, files, rows of boxes.csv, words that are printed besides the 
            ("../data.yaml", "names: [cat, dog]"), ("../classes.txt", "cat\ndog"),
            ("train/classes.txt", "cat\ndog\n")]
        for name in [f"{file} {text}"]},
-    "coco: a category in another form of Unicode": (
-        "coco", {"a.json": coco(["e.jpg"], [(0, 1, 1, 2, 2, 0), (0, 9, 9, 2, 2, 1)],
-                                ("e\u0301te\u0301", "dog"))}, [(E, 1, 1, 3, 3)],
+    "coco: a picture and its category in another form of Unicode": (
+        "coco", {"a.json": coco(
+            ["e\u0301.jpg"], [(0, 1, 1, 2, 2, 0), (0, 9, 9, 2, 2, 1)],
+            ("e\u0301te\u0301", "dog"))}, [(E, 1, 1, 3, 3)],
         ["1 boxes are of another class"]),
-    "voc: a class in another form of Unicode": (
-        "voc", {"e.xml": voc(("dog", 1, 1, 9, 9), ("e\u0301te\u0301", 6, 11, 25, 25))},
+    "voc: a picture and its class in another form of Unicode": (
+        "voc", {"e\u0301.xml": voc(("dog", 1, 1, 9, 9), ("e\u0301te\u0301", 6, 11, 25, 25))},
         [(E, 5, 10, 25, 25)], ["1 boxes are of another class"]),
-    "yolo: a class in another form of Unicode": (
-        "yolo", {"e.txt": CAT_AND_DOG, "classes.txt": "e\u0301te\u0301\ndog"},
+    "yolo: a picture and its class in another form of Unicode": (
+        "yolo", {"e\u0301.txt": CAT_AND_DOG, "classes.txt": "e\u0301te\u0301\ndog"},
         [(E, 15, 10, 45, 30)], ["1 boxes are of another class"]),
 
     # one line does not refuse a whole conversion
@@ -219,7 +219,7 @@ CASES = {  # form, files, rows of boxes.csv, words that are printed besides the 
         [(A, 1, 1, 3, 3)], ["1 entries lack", "images[1] has no 'file_name'"]),
     "coco: one picture has another size": ("coco", {"a.json": coco(
         ["a.jpg", ("c.jpg", 50, 50)], [(0, 1, 1, 2, 2), (1, 1, 1, 2, 2)])},
-        [(A, 1, 1, 3, 3)], ["1 files or images cannot be read", "50 x 50"]),
+        [(A, 1, 1, 3, 3)], ["1 files or images cannot be used", "50 x 50"]),
     "voc: one object has no box": ("voc", {"a.xml": voc(("cat", 6, 11, 25, 25),
                                                         ("cat", 9, 9, 5, 5))},
                                    [(A, 5, 10, 25, 25)], ["1 boxes have no area", "object 2"]),
@@ -267,9 +267,7 @@ def test_boxes_of_other_tools(capsys, pets, case):
     ("yolo", {"a.txt": "0 .5 .25 .5 .5"}, (10, 0, 30, 30)),  # of the upright picture, always
 ])
 def test_boxes_of_a_picture_that_exif_turns(capsys, pets, form, files, right):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture(pets / A, (60, 40), exif=exif)  # 40 x 60 upright
+    picture(pets / A, (60, 40), exif=exif(6))  # 40 x 60 upright
     assert run(capsys, pets, form, files)[0] == 0
     assert rows_of(pets) == [(A, *right)]
 
@@ -318,7 +316,7 @@ FAULTS = {  # form, files, words of the error: no box is left, or no rule says w
 
 
 @pytest.mark.parametrize("case", FAULTS)
-def test_annotations_that_are_wrong(capsys, pets, case):
+def test_annotations_without_a_usable_box_are_an_error(capsys, pets, case):
     form, files, words = FAULTS[case]
     line = script_error(run(capsys, pets, form, files), data)
     assert all(word in line for word in words), line
@@ -344,7 +342,7 @@ def test_damaged_annotations_convert_or_say_so(pets, form, at, cut, put):
         assert str(place) in str(error) and "\n" not in str(error)
 
 
-def test_names_that_do_not_tell_pictures_apart(capsys, pets):
+def test_names_that_do_not_tell_pictures_apart_are_an_error(capsys, pets):
     picture(pets / "test/dog/a.jpg", (60, 40))
     line = script_error(run(capsys, pets, "yolo", {"a.txt": "0 .5 .5 1 1"}), data)
     assert "test/cat/a.jpg" in line and "test/dog/a.jpg" in line
@@ -375,13 +373,7 @@ def test_corners_taken_for_widths_and_heights_are_noted(capsys, pets):
         (pets.parent / "boxes.csv").unlink()
 
 
-def test_a_picture_is_found_by_its_name_in_another_form_of_unicode(capsys, pets):
-    picture(pets / "test/cat/\xe9.jpg", (60, 40))
-    assert run(capsys, pets, "coco", {"a.json": coco(["e\u0301.jpg"], [(0, 1, 1, 2, 2)])})[0] == 0
-    assert rows_of(pets) == [("test/cat/\xe9.jpg", 1, 1, 3, 3)]
-
-
-def test_a_name_that_is_no_utf8(capsys, pets):
+def test_a_picture_whose_name_is_no_utf8_is_named(capsys, pets):
     (pets / A).rename(os.fsdecode(os.fsencode(pets / "test/cat") + b"/\xff.jpg"))
     files = {os.fsdecode(b"\xff.txt"): "0 .5 .5 1 1"}
     assert "needs a name in UTF-8" in script_error(run(capsys, pets, "yolo", files), data)
@@ -402,7 +394,7 @@ def test_a_name_that_is_no_utf8(capsys, pets):
     (["--data", "folder", "--root", "{new}", "--out", "{new}"], ["--root"]),
     (["--data", "folder", "--out", "{new}"], ["--root"]),
 ])
-def test_flags_that_are_wrong(capsys, pets, flags, words):
+def test_wrong_flags_are_one_line_and_replace_nothing(capsys, pets, flags, words):
     (pets.parent / "there.csv").write_text("mine")
     places = {"root": pets, "new": pets.parent / "new", "there": pets.parent / "there.csv"}
     line = script_error(call(capsys, data, *(flag.format(**places) for flag in flags)), data, 2)
