@@ -1,6 +1,7 @@
 """Boxes from maps against a naive flood fill, IoU and frames against their definitions."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -60,36 +61,30 @@ def test_maps_are_cut_into_chunks_without_a_trace(monkeypatch):
     assert torch.equal(largest_boxes(maps, [0.2, 0.6]), whole)
 
 
-def box_of(rows: list[str], threshold: float = 0.5) -> list[int]:
-    m = torch.tensor([[float(c) for c in row] for row in rows])
-    return largest_boxes(m[None], [threshold])[0, 0].tolist()
+@pytest.mark.parametrize("rows, box", [
+    ("00000 01100 01100 00001", [1, 1, 3, 3]),
+    ("10001 10001 00001", [4, 0, 5, 3]),  # two components: the larger
+    ("00011 11100", [0, 0, 5, 2]),  # corners touch
+    ("00011 11000", [3, 0, 5, 1]),  # a column lies between
+    ("00110 00000 11000", [2, 0, 4, 1]),  # a tie: the first pixel decides
+    ("00010 10010 10000", [3, 0, 4, 2]),  # a tie: by row, not by column
+    ("1000 0001", [0, 0, 1, 1]),  # a row does not touch the next one's start
+    ("0001 1000", [3, 0, 4, 1]),
+    ("0000 0001 1000", [3, 1, 4, 2]),  # nor does the last run of all
+    ("1111 1001 1111", [0, 0, 4, 3]),  # a ring
+    ("10101 10101 11111", [0, 0, 5, 3]),  # three arms that meet at the foot
+    ("0000 0020 0000", [2, 1, 3, 2]),  # one pixel
+    ("0101010 1010101", [0, 0, 7, 2]),  # connected at corners
+    ("1000000 0100000 0010000 0000111 0000111", [4, 3, 7, 5]),  # more pixels beat a wider box
+])
+def test_largest_boxes_by_hand(rows, box):
+    m = torch.tensor([[float(c) for c in row] for row in rows.split()])
+    assert largest_boxes(m[None], [0.5])[0, 0].tolist() == box
 
 
-def test_hand_made_boxes():
-    assert box_of(["00000", "01100", "01100", "00001"]) == [1, 1, 3, 3]
-    assert box_of(["10001", "10001", "00001"]) == [4, 0, 5, 3]  # two blobs: the larger
-    assert box_of(["00011", "11100"]) == [0, 0, 5, 2]  # corners touch
-    assert box_of(["00011", "11000"]) == [3, 0, 5, 1]  # a column lies between
-    assert box_of(["00110", "00000", "11000"]) == [2, 0, 4, 1]  # a tie: the first pixel decides
-    assert box_of(["00010", "10010", "10000"]) == [3, 0, 4, 2]  # a tie: by row, not by column
-    assert box_of(["1000", "0001"]) == [0, 0, 1, 1]  # a row does not touch the next one's start
-    assert box_of(["0001", "1000"]) == [3, 0, 4, 1]
-    assert box_of(["0000", "0001", "1000"]) == [3, 1, 4, 2]  # nor does the last run of all
-    assert box_of(["1111", "1001", "1111"]) == [0, 0, 4, 3]  # a ring
-    assert box_of(["10101", "10101", "11111"]) == [0, 0, 5, 3]  # three arms that meet at the foot
-    assert box_of(["0000", "0020", "0000"]) == [2, 1, 3, 2]  # one pixel
-    assert box_of(["11111", "10001", "10101"]) == [0, 0, 5, 3]
-    assert box_of(["0101010", "1010101"]) == [0, 0, 7, 2]  # connected at corners
-
-
-def test_more_pixels_beat_a_wider_box():
-    assert box_of(["1000000", "0100000", "0010000", "0000111", "0000111"]) == [4, 3, 7, 5]
-
-
-def test_value_must_exceed_the_threshold():
-    assert box_of(["012"], 0.5) == [2, 0, 3, 1]
-    assert box_of(["012"], 0.49) == [1, 0, 3, 1]
-    assert box_of(["012"], 0.0) == [1, 0, 3, 1]
+def test_a_value_must_exceed_the_threshold():
+    boxes_at = largest_boxes(torch.tensor([[[0.0, 1, 2]]]), [0.5, 0.49, 0.0])[0].tolist()
+    assert boxes_at == [[2, 0, 3, 1], [1, 0, 3, 1], [1, 0, 3, 1]]
 
 
 @pytest.mark.parametrize("m", [
@@ -113,26 +108,13 @@ def test_no_maps_and_wrong_shapes():
         largest_boxes(torch.zeros(4, 6), [0.1])
 
 
-@settings(max_examples=60, deadline=None)
-@given(plateau_maps(), st.sampled_from([0.0, 0.3, 0.6]), st.sampled_from([0.25, 2.0, 8.0]),
-       st.integers(-4, 4))
-def test_boxes_flip_with_the_map_and_ignore_scale_and_shift(maps, threshold, scale, shift):
-    box = largest_boxes(maps, [threshold])[:, 0]
-    assert torch.equal(largest_boxes(maps * scale + shift, [threshold])[:, 0], box)
-    for m, expected in zip(maps, box):
-        pixels = [p for p, _ in flood_fill(normalise(m), threshold)]
-        if pixels and pixels.count(max(pixels)) == 1:
-            x0, y0, x1, y1 = largest_boxes(m.flip(1)[None], [threshold])[0, 0].tolist()
-            assert expected.tolist() == [m.shape[1] - x1, y0, m.shape[1] - x0, y1]
-
-
-def test_one_components_box_shrinks_as_the_threshold_rises():
-    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(50.0), indexing="ij")
-    m = torch.exp(-((x - 18) / 9) ** 2 - ((y - 22) / 6) ** 2)
-    found = largest_boxes(m[None], [i / 100 for i in range(100)])[0]
-    sides = found[:, 2:] - found[:, :2]
-    assert (found[1:, :2] >= found[:-1, :2]).all() and (found[1:, 2:] <= found[:-1, 2:]).all()
-    assert sides[1].prod() > 4 * sides[-20].prod()
+def test_threads_may_ask_for_boxes_at_once(monkeypatch):
+    """torch's number of threads is the whole process's: largest_boxes leaves it alone."""
+    maps = torch.rand(6, 30, 30, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("it was changed"))
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: largest_boxes(maps, [0.2, 0.6]), range(12)))
+    assert all(torch.equal(result, naive_boxes(maps, [0.2, 0.6])) for result in results)
 
 
 # ---------------------------------------------------------------- IoU
