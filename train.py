@@ -250,6 +250,7 @@ def compiled(classifier: Classifier, mode: str, plan: Plan, sizes: list[int], co
     whole = Classifier(classifier.model, classifier.patch_loss).train()
     say(f"compiling the model (--compile), mode {mode}")
     try:
+        torch.compiler.reset()  # a former phase's graphs, and the memory that they hold
         whole.compile(mode=mode)
         count = len(shares(list(range(plan.batch_size)), config)[0])
         images = torch.zeros(count, 3, *classifier.model.img_size, device=device)
