@@ -28,6 +28,7 @@ import math
 import multiprocessing
 import multiprocessing.queues
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -330,6 +331,9 @@ def loader(dataset: Dataset, batches: Iterable[list], workers: int = 0) -> Itera
 
     Raises DataError for a broken file, RuntimeError where a worker dies or takes too long.
     """
+    others = set(multiprocessing.active_children())
+    if workers:
+        _allow_files(64 + 32 * workers)
     loaded = DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=_pack,
                         generator=torch.Generator(), worker_init_fn=_start_worker,
                         pin_memory=torch.cuda.is_available(),
@@ -341,8 +345,13 @@ def loader(dataset: Dataset, batches: Iterable[list], workers: int = 0) -> Itera
     except DataError as error:
         # whose frames would keep the workers
         raise error.with_traceback(None)
-    except (RuntimeError, OSError, MemoryError) as error:
-        if not workers:
+    except (RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
+        # they leave SIGTERM, by which Python ends them, to the run: a stuck one is waited for
+        for worker in set(multiprocessing.active_children()) - others:
+            with contextlib.suppress(RuntimeError):  # torch's, about its death
+                worker.kill()
+                worker.join()
+        if not workers or isinstance(error, KeyboardInterrupt):
             raise
         raise RuntimeError(
             f"--workers: a process that loads images failed ({last_line(error)[:200]}): fewer of "
@@ -353,6 +362,16 @@ def _start_worker(_):
     """A batch that cannot be sent ends its worker, and so the run: it would be waited for."""
     _leave_signals()
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+
+
+def _allow_files(count: int) -> None:
+    """Lets this process open so many files. Raises RuntimeError where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != hard < count:
+        raise RuntimeError(f"--workers: they need {count} open files, of which ulimit -n allows "
+                           f"{hard}: fewer of them need less, 0 none")
+    if resource.RLIM_INFINITY != soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 class Cache:
