@@ -1,4 +1,3 @@
-import multiprocessing
 import random
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from PIL import Image
 import data
 from helpers import (CUB_CLASSES, WNIDS, block_picture, error_of, noise, picture, same_samples,
                      where_white, write_ilsvrc, xml)
+from support import common
 from support.pictures import birds
 
 SCRIPT = Path(data.__file__)
@@ -63,19 +63,6 @@ def test_the_number_of_processes_changes_no_bird(monkeypatch):
     for other in drawn[1:]:
         for name in ("pictures", "labels", "palettes", "boxes"):
             assert np.array_equal(getattr(drawn[0], name), getattr(other, name))
-
-
-def test_birds_can_be_drawn_in_a_daemonic_process():
-    def work(queue):
-        queue.put(data.load_dataset("synthetic", None, "val", 16, limit=300).pictures.sum())
-
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=work, args=(queue,), daemon=True)
-    process.start()
-    expected = data.load_dataset("synthetic", None, "val", 16, limit=300).pictures.sum()
-    assert queue.get(timeout=60) == expected
-    process.join()
 
 
 @quick
@@ -605,6 +592,33 @@ def test_workers_change_nothing(folder, workers):
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_the_cache_gives_the_loaders_batches_bit_for_bit(folder):
+    for dataset in (data.load_dataset("folder", folder, "train", (30, 64)),
+                    data.load_dataset("synthetic", None, "train", (32, 48), limit=3)):
+        cache = data.Cache(dataset, torch.device("cpu"))
+        batches = [[(epoch, index) for index in (2, 0, 1)] for epoch in range(40)]
+        for keys, loaded in zip(batches, data.loader(dataset, batches)):
+            cached = cache.batch(keys)
+            assert cached.keys() == {"image", "label", "palette"} & loaded.keys()
+            assert all(torch.equal(cached[name], loaded[name]) for name in cached)
+
+
+def test_the_cache_takes_at_most_a_quarter_of_the_free_memory(folder, monkeypatch):
+    dataset = load_folder(folder, "train")  # 3 pictures of 18 x 18
+    for free, fits in ((4 * 3 * 3 * 18 * 18, True), (4 * 3 * 3 * 18 * 18 - 1, False)):
+        monkeypatch.setattr(data, "free_memory", lambda device: free)
+        assert data.cache_fits(dataset, torch.device("cpu")) == fits
+
+
+@pytest.mark.parametrize("count", ["", "0", "x", "-1", "2"])
+def test_processes_that_share_a_machine_share_its_memory(monkeypatch, count):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+    assert common.local_processes() == (2 if count == "2" else 1)
+    monkeypatch.setattr(common.os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(common.Path, "read_text", lambda path: "MemAvailable:  1024 kB")
+    assert common.free_memory(torch.device("cpu")) == 2**20 / common.local_processes()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_unreadable_image_is_one_line_out_of_a_worker_too(folder, workers):
     broken = folder / "train/Ünïcode/猫.png"
@@ -612,6 +626,7 @@ def test_an_unreadable_image_is_one_line_out_of_a_worker_too(folder, workers):
     dataset = load_folder(folder, "train")
     message = error_of(lambda: list(data.loader(dataset, [[0, 1, 2]], workers)), broken)
     assert message.startswith(str(broken))
+    error_of(lambda: data.Cache(dataset, torch.device("cpu")), broken)
 
 
 # ---------------------------------------------------------------- The contact sheet

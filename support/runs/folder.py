@@ -119,6 +119,7 @@ def hold(out: Path, resume: bool | str | None) -> Iterator[None]:
         return
     made, known = not os.path.lexists(out), (out / ".lock").exists()
     out.mkdir(parents=True, exist_ok=True)
+    before = written(out)
     with open(out / ".lock", "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,11 +132,16 @@ def hold(out: Path, resume: bool | str | None) -> Iterator[None]:
             refuse(out, resume, known)
             yield
         finally:
-            if not known and not any(os.path.lexists(out / name) for name in STARTED):
+            if not known and written(out) == before:
                 (out / ".lock").unlink(missing_ok=True)
                 if made:
                     with contextlib.suppress(OSError):
                         out.rmdir()
+
+
+def written(out: Path) -> list[str]:
+    """The files of a run that are there, whoever wrote them."""
+    return [name for name in RESULTS + STARTED if os.path.lexists(out / name)]
 
 
 def refuse(out: Path, resume: bool | str | None, known: bool) -> None:
@@ -149,9 +155,8 @@ def refuse(out: Path, resume: bool | str | None, known: bool) -> None:
         raise ValueError(f"--out: {out} already holds a run: continue it with --resume, or give "
                          "another folder")
     if not continued or not os.path.lexists(source):
-        names = RESULTS if known else RESULTS + STARTED
-        for name in names:
-            if os.path.lexists(out / name):
+        for name in written(out):
+            if not known or name not in STARTED:
                 raise ValueError(f"--out: {out / name} exists and no last.pt to continue: it is "
                                  "not replaced: give another folder")
     for name in PICTURES:
