@@ -10,13 +10,14 @@ Each function computes what the function of that name in rpam.py or cdm.py does.
 the arguments.
 """
 
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HELD = 2**20  # elements of A held at a time on a CPU: 4 MiB of float32, which its caches hold
+ROWS = 256  # of A, held at a time on a CPU: its caches hold them and their softmax
 
 
 # --------------------------------------------------------------------------------------------- RPAM
@@ -33,23 +34,23 @@ def class_row(q: Tensor, k: Tensor) -> Tensor:
 def attention_relation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, S, T, d) -> out (B, S, T, d), M^c (B, T), M^r (B, T-1). No gradient.
 
-    M^r is linear in A, so A is computed head by head, on a CPU of a few images at a time, and its
-    weighted columns are added up.
+    M^r is linear in A, so A is computed head by head, on a CPU a few rows of one image at a time,
+    and its weighted columns are added up. A trace that unrolls the loop takes all images together.
     """
     B, S, T, d = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     cls_attn = class_row(q, k)
     out = q.new_empty(B, T, S, d).transpose(1, 2)  # so that joining the heads copies nothing
     columns = q.new_zeros(B, T, dtype=wide)
-    q, k = q.to(wide) / math.sqrt(d), k.to(wide)
-    dynamic = isinstance(B, torch.SymInt)  # torch.export with any number of images: all at a time
-    images = B if dynamic or q.device.type != "cpu" else max(1, HELD // T**2)
-    for first in [0] if dynamic else range(0, B, images):
-        b = slice(first, first + images)
-        for s in range(S):
-            attn = (q[b, s] @ k[b, s].transpose(1, 2)).softmax(-1)  # (images, T, T)
-            out[b, s] = attn.to(v.dtype) @ v[b, s]
-            columns[b] += (cls_attn[b, None] @ attn)[:, 0]  # sum_i M^c[i] A_s[i, j]
+    images, rows = [slice(None)], [slice(None)]
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if q.device.type == "cpu" and not traced:
+        images, rows = range(B), [slice(i, i + ROWS) for i in range(0, T, ROWS)]
+    for b, s, i in itertools.product(images, range(S), rows):
+        queries = q[b, s, i].to(wide) / math.sqrt(d)
+        attn = (queries @ k[b, s].to(wide).transpose(-2, -1)).softmax(-1)  # (rows, T) of each image
+        out[b, s, i] = attn.to(v.dtype) @ v[b, s]
+        columns[b] += (cls_attn[b, None, i] @ attn)[..., 0, :]  # sum_i M^c[i] A_s[i, j]
     return out, cls_attn, columns[:, 1:] / (S * T)
 
 
@@ -95,8 +96,8 @@ def window_weights(h: int, w: int, k: int, padded: bool, like: Tensor) -> Tensor
         outputs = like.new_ones(size)
         if padded:  # an output enters the averages around it and its neighbours: two at an edge
             outputs = F.avg_pool1d(outputs[None], 3, stride=1, padding=1)[0]
-        # Row u of the unfolded rows is the outputs shifted by u. p - t shifts the other way: flip.
-        return F.pad(outputs / size, (k // 2, k // 2)).unfold(0, size, 1).flip(0)
+        outputs = F.pad(outputs / size, (k // 2, k // 2))
+        return torch.stack([outputs[k - 1 - u :][:size] for u in range(k)])  # p - t of tap u
 
     return torch.einsum("uh,vw->hwuv", along(h), along(w)).reshape(h * w, k * k)
 

