@@ -247,7 +247,7 @@ def test_a_picture_that_is_missing_a_folder_or_cut_in_half_is_named(tmp_path, su
     error_of(lambda: data.open_image(path), path)
 
 
-@settings(max_examples=150, deadline=None,
+@settings(max_examples=100, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32), st.integers(1, 12),
        st.sampled_from(["jpg", "png", "gif", "tiff", "webp"]))

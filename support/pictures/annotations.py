@@ -198,10 +198,10 @@ def of_class(file: Path, wnid: str | None) -> tuple[str, list, tuple[int, int] |
 UNSTATED = "annotations state no size of their image: their boxes are taken as they are"
 SCALED = ("images have another size than their annotation states, in the same aspect: their boxes "
           "are scaled")
-FRAME_UNKNOWN = ("images are turned or mirrored by EXIF in a way that no stated size shows: their boxes "
-          "are taken as the upright picture's")
-STORED_FRAME = ("images turned by EXIF have boxes that reach beyond them but not beyond the picture as "
-            "stored: needs boxes of the upright picture")
+FRAME_UNKNOWN = ("images are turned or mirrored by EXIF in a way that no stated size shows: their "
+                 "boxes are taken as the upright picture's")
+STORED_FRAME = ("images turned by EXIF have boxes that reach beyond them but not beyond the "
+                "picture as stored: needs boxes of the upright picture")
 DARK = ("images are nearly black, no value above 16 of 255, as 12-bit values in 16-bit files are: "
         "taken as they are")
 

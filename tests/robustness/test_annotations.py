@@ -557,7 +557,7 @@ def test_a_new_picture_moves_no_other(plain):
 @pytest.mark.parametrize("counts", [(1, 1), (1, 5), (2, 2), (3, 1), (5, 5), (9, 2), (30, 1),
                                     (1,) * 40])
 def test_few_pictures_leave_some_to_train_on_and_to_test(plain, counts):
-    for attempt in range(6):
+    for attempt in range(4):
         root = plain(*counts, name=f"{attempt}-{{}}.png")
         train = load("folder", root, "train")
         assert set(train.labels) == set(range(len(counts)))
@@ -637,13 +637,13 @@ def test_a_broken_picture_with_a_line_break_in_its_name_is_one_line(cats, worker
 @pytest.mark.parametrize("cores", [1, 3])
 def test_the_check_takes_all_cores_and_names_the_first(cats, monkeypatch, cores):
     monkeypatch.setattr(data, "_cores", lambda: cores)
-    for i in range(600):
+    for i in range(501):
         noise(i, (8, 6)).save(cats / f"test/dog/{i:03}.png")
     (cats / "boxes.csv").write_text("".join(f"test/dog/{i:03}.png,{i % 5},1,8,6\n"
-                                            for i in range(600)))
+                                            for i in range(501)))
     dataset = load("folder", cats)
-    assert dataset.annotated == 600 and dataset[9]["boxes"].tolist() == [[2, 1, 8, 6]]
-    for i in (400, 555):
+    assert dataset.annotated == 501 and dataset[9]["boxes"].tolist() == [[2, 1, 8, 6]]
+    for i in (400, 500):
         half(cats / f"test/dog/{i}.png")
     error_of(lambda: load("folder", cats), cats / "test/dog/400.png")
 

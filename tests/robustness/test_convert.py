@@ -323,7 +323,7 @@ def test_annotations_without_a_usable_box_are_an_error(capsys, pets, case):
     assert not (pets.parent / "boxes.csv").exists()
 
 
-@settings(max_examples=200, deadline=None,
+@settings(max_examples=100, deadline=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(form=st.sampled_from(["coco", "voc", "yolo"]), at=st.floats(0, 1), cut=st.integers(0, 12),
        put=st.binary(max_size=4) | st.sampled_from(
