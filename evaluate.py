@@ -519,7 +519,7 @@ def load(path: str, flags: Namespace) -> Subject:
     config, classes = checkpoint["config"], checkpoint["classes"]
     if checkpoint["phase"] == "external" and classes:
         say(f"{path}: sizes read off its shapes, {config['num_heads']} attention heads (64 "
-              "channels each where the file does not say)")
+            "channels each where the file does not say)")
     if flags.img_size and pair(flags.img_size) != model.img_size:
         state, grid = model.state_dict(), model.grid
         model = build(len(classes), {flag: config[flag] for flag in MODEL_FLAGS}, flags.img_size)
@@ -528,11 +528,18 @@ def load(path: str, flags: Namespace) -> Subject:
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise ValueError(f"{path}: weights that are not finite")
 
+    # what the flags ask of it
+    coupling, least = flags.coupling or default_coupling(model), max(model.img_size)
+    if coupling not in couplings_of(model):
+        raise FlagError(f"--coupling: {path} has a {model.head_type} head, whose couplings are "
+                        f"{', '.join(couplings_of(model))}")
+    if flags.crop and flags.crop < least:
+        raise FlagError(f"--crop: got {flags.crop}, need at least {least}, the side of {path}'s "
+                        "input")
     threshold, source = flags.threshold, "--threshold"
     if threshold is None:
         threshold, source = own_threshold(path, checkpoint.get("metrics"))
-    return Subject(path, model.to(flags.device), checkpoint,
-                   flags.coupling or default_coupling(model), threshold, source)
+    return Subject(path, model.to(flags.device), checkpoint, coupling, threshold, source)
 
 
 def own_threshold(path: str, metrics: object) -> tuple[float, str]:
@@ -559,25 +566,11 @@ def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tupl
     config = weights.architecture(state, about, path) | {"head": "token"}
     model = build(1, config, img_size)  # its head is never looked at
     say(f"{path}: no class was trained: attention alone, {config['depth']} blocks, "
-          f"{config['num_heads']} attention heads (64 channels each where the file does not say), "
-          f"input {' x '.join(map(str, model.img_size))}")
+        f"{config['num_heads']} attention heads (64 channels each where the file does not say), "
+        f"input {' x '.join(map(str, model.img_size))}")
     say(load_pretrained(model, path))
     return model, {"classes": [], "phase": "external",
                    "config": config | {"img_size": model.img_size}}
-
-
-def check(subjects: Sequence[Subject], flags: Namespace) -> None:
-    """What flags ask of the checkpoints that they do not have."""
-    first = subjects[0]
-    for path, model, checkpoint, coupling, *_ in subjects:
-        if coupling not in couplings_of(model):
-            raise FlagError(f"--coupling: {path} has a {model.head_type} head, whose couplings are "
-                            f"{', '.join(couplings_of(model))}")
-        if flags.crop and flags.crop < max(model.img_size):
-            raise FlagError(f"--crop: got {flags.crop}, need at least {max(model.img_size)}, the "
-                            f"side of {path}'s input")
-        if list(checkpoint["classes"]) != list(first.checkpoint["classes"]):
-            raise ValueError(f"{path}: its classes are not those of {first.path}")
 
 
 def choose_data(subjects: Sequence[Subject], flags: Namespace) -> None:
@@ -596,10 +589,12 @@ def choose_data(subjects: Sequence[Subject], flags: Namespace) -> None:
         raise FlagError(f"--threshold: auto needs a val split, {flags.data} has none: give a "
                         "number")
     for path, _, checkpoint, *_ in subjects:
+        if list(checkpoint["classes"]) != list(subjects[0].checkpoint["classes"]):
+            raise ValueError(f"{path}: its classes are not those of {subjects[0].path}")
         root = checkpoint["config"].get("root")
         if not given and root and os.path.realpath(root) != os.path.realpath(flags.root or ""):
             say(f"note: {path} was trained on {printable(root)}, but all are evaluated on "
-                  f"{printable(flags.root or flags.data)}: --root chooses another")
+                f"{printable(flags.root or flags.data)}: --root chooses another")
 
 
 def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.data.Dataset:
@@ -642,7 +637,6 @@ def evaluate(flags: Namespace) -> int:
     """Everything that the flags ask for; returns the exit status."""
     # the checkpoints
     subjects = [load(path, flags) for path in flags.checkpoint]
-    check(subjects, flags)
     choose_data(subjects, flags)
 
     # the data, the same for all, and the files to be written
@@ -662,7 +656,7 @@ def evaluate(flags: Namespace) -> int:
             subject = with_best_threshold(subject, flags)
         path, model, _, coupling, threshold, source = subject
         say(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
-              f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}")
+            f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}")
         if flags.images:
             return localise_photographs(subject, flags)
 
@@ -685,8 +679,8 @@ def evaluate(flags: Namespace) -> int:
             n = len(dataset)
             forward, boxes = (1e3 * evaluation.seconds[part] / n for part in ("forward", "boxes"))
             say(f"{name}: per image {forward:.2f} ms for the forward pass, {boxes:.2f} ms for "
-                  f"boxes and IoU: {len(evaluation.couplings)} couplings, "
-                  f"{len(evaluation.thresholds)} thresholds, predicted class and label")
+                f"boxes and IoU: {len(evaluation.couplings)} couplings, "
+                f"{len(evaluation.thresholds)} thresholds, predicted class and label")
         all_metrics.append(metrics | about | ({"name": name} if several else {}))
         if several:
             shown = [c for c in evaluation.couplings
@@ -707,7 +701,7 @@ def evaluate(flags: Namespace) -> int:
         write_png(flags.out / "gallery.png",
                   draw_gallery(examples, titles, datasets[0].classes, note))
     say(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\n"
-          f"report and pictures in {printable(flags.out)}")
+        f"report and pictures in {printable(flags.out)}")
     return 0
 
 

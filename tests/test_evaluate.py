@@ -110,7 +110,7 @@ def made_up(iou, **columns) -> evaluate.Evaluation:
     ("cdm", False), ("cdm", True), ("conv", False), ("token", False)])
 def test_every_metric_equals_its_definition_image_by_image(head, gt_class):
     """Every number of summarise() recomputed for each image and map, with the flood fill."""
-    model, dataset, threshold = toy_model(head, (12, 16)).eval(), Toy(7, (12, 16)), 0.3
+    model, dataset, threshold = toy_model(head, (12, 16)).eval(), Toy(5, (12, 16)), 0.3
     metrics = summarise(evaluate_model(model, dataset, batch_size=4, gt_class=gt_class), threshold)
     assert list(metrics["couplings"]) == [
         c for c in COUPLINGS if head != "token" or c.endswith("-only")]
@@ -121,7 +121,7 @@ def test_every_metric_equals_its_definition_image_by_image(head, gt_class):
     top1 = {s["path"]: ranked[s["path"]][0] == s["label"] for s in samples}
     top5 = {s["path"]: s["label"] in ranked[s["path"]][:5] for s in samples}
     annotated = [s for s in samples if len(s["boxes"])]
-    assert metrics["n"] == 7 and metrics["n_boxes"] == len(annotated) < 7
+    assert metrics["n"] == 5 and metrics["n_boxes"] == len(annotated) < 5
     assert metrics["top1_cls"] == pytest.approx(100 * np.mean(list(top1.values())))
     assert metrics["top5_cls"] == pytest.approx(100 * np.mean(list(top5.values())))
 
@@ -211,6 +211,13 @@ def test_best_threshold_is_chosen_after_averaging_never_per_image():
     # per image it would be 100
     assert max(row["gt_known_curve"]) == row["max_box_acc"] == pytest.approx(200 / 3)
     assert row["gt_known"] == pytest.approx(100 / 3)  # at the requested threshold, not the best
+
+
+def test_max_box_acc_v2_has_a_best_threshold_for_each_iou():
+    oracle = np.zeros((1, 1, 100, 4), bool)
+    oracle[0, 0, [10, 20, 30], [1, 2, 3]] = True  # IoU >= 0.3, 0.5, 0.7
+    row = summarise(made_up(np.zeros((1, 100)), oracle=oracle), 0.1)["couplings"]["relation"]
+    assert row["max_box_acc_v2"] == 100 and row["max_box_acc"] == 0
 
 
 def test_a_threshold_between_those_of_the_curve_moves_no_curve():

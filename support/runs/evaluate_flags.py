@@ -85,9 +85,6 @@ def check_flags(flags: Namespace, parser: Parser) -> None:
     first = Path(flags.checkpoint[0])
     beside = first.parent if os.path.exists(first) or not flags.images else Path()
     flags.out = flags.out or beside / ("images" if flags.images else "evaluate")
-    above = [place for place in (flags.out, *flags.out.parents) if os.path.exists(place)]
-    if not all(map(os.path.isdir, above)):
-        parser.error(f"--out: {flags.out} is or lies in a file, need a folder")
     flags.split, flags.workers = flags.split or "test", flags.workers or 0
     try:
         flags.device = open_device(flags.device)
