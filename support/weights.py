@@ -177,7 +177,8 @@ def find_statements(content: dict, source: str) -> dict:
     wrapped = isinstance(content.get("model", content.get("state_dict")), dict)
     stated = dict(content) if wrapped else {}
     if isinstance(config, dict):  # train.py's
-        stated |= {name: config[name] for name in ("num_heads",) if name in config}
+        if "num_heads" in config:
+            stated["num_heads"] = config["num_heads"]
         with contextlib.suppress(*LOAD_ERRORS):
             h, w = (side // config["patch_size"] for side in pair(config["img_size"]))
             about["grid"] = (h, w)

@@ -20,7 +20,8 @@ CAT_AND_DOG = "0 .5 .5 .5 .5\n1 .1 .1 .1 .1"
 @pytest.fixture
 def pets(tmp_path):
     """A folder of one's own; all pictures are 60 x 40."""
-    for name in (A, B, C, E, "train/cat/d.jpg", "train/dog/f.jpg", "train/\xe9t\xe9/g.jpg"):
+    for name in (A, B, C, E, "train/cat/d.jpg", "train/dog/f.jpg", "train/\xe9t\xe9/g.jpg",
+                 "root.jpg"):
         picture(tmp_path / "pets" / name, (60, 40))
     return tmp_path / "pets"
 
@@ -157,6 +158,10 @@ CASES = {  # form, files, rows of boxes.csv, words that are printed besides the 
                                         [(A, 0, 0, 60, 40)], []),
 
     # names of classes: the box of another class is not taken for the picture
+    "yolo: the end of classes.txt is no class, even of a picture in no folder": (
+        "yolo", {"root.txt": CAT_AND_DOG, "classes.txt": "cat\ndog\n"},
+        [("root.jpg", 15, 10, 45, 30), ("root.jpg", 3, 2, 9, 6)],
+        ["1 images have boxes of several classes"]),
     "yolo: classes.txt ends in blank lines": (
         "yolo", {"a.txt": CAT_AND_DOG, "classes.txt": "cat\r\ndog\r\n\r\n"}, [(A, 15, 10, 45, 30)],
         ["1 boxes are of another class"]),
@@ -242,7 +247,7 @@ CASES = {  # form, files, rows of boxes.csv, words that are printed besides the 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_boxes_of_other_tools(capsys, pets, case):
+def test_annotations_of_other_tools_become_rows_of_boxes_csv(capsys, pets, case):
     form, files, right, words = CASES[case]
     status, out, err = run(capsys, pets, form, files)
     assert (status, err) == (0, "")
@@ -403,7 +408,7 @@ def test_wrong_flags_are_one_line_and_replace_nothing(capsys, pets, flags, words
     assert not (pets.parent / "new").exists()
 
 
-def test_a_full_disk_leaves_nothing(capsys, pets, monkeypatch):
+def test_a_full_disk_leaves_no_file(capsys, pets, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space")))
     line = script_error(run(capsys, pets, "yolo", {"a.txt": "0 .5 .5 1 1"}), data)
     assert "No space" in line and "boxes.csv" in line

@@ -129,7 +129,7 @@ RIGHT = {
 
 
 @pytest.mark.parametrize("convention", RIGHT)
-def test_a_convention_gives_its_own_numbers(tmp_path, convention):
+def test_other_conventions_give_the_tokens_and_scores_of_their_network(tmp_path, convention):
     (network, head), x = external(), random_images(2, (16, 16), torch.float32)
     content = RIGHT[convention](network, head)
     content = content if set(content) & {"model", "state_dict"} else {"model": content}
@@ -152,7 +152,7 @@ def test_a_convention_gives_its_own_numbers(tmp_path, convention):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
-def test_half_precision_is_cast_up(tmp_path, dtype, ending):
+def test_half_precision_weights_are_read_as_float32(tmp_path, dtype, ending):
     state = {key: value.to(dtype) for key, value in plain(*external()).items()}
     path = save(tmp_path, state)
     if ending == "safetensors":
@@ -327,7 +327,7 @@ def test_what_this_model_does_not_compute_is_named(tmp_path, convention):
         error_of(lambda: load(path), path, words, error=ValueError)
 
 
-def test_the_lines_of_the_page_let_a_file_state_what_its_inputs_were(tmp_path, monkeypatch):
+def test_a_file_may_state_its_normalisation_as_troubleshooting_shows(tmp_path, monkeypatch):
     """docs/troubleshooting.md gives them for networks like timm's augreg."""
     page = (ROOT / "docs/troubleshooting.md").read_text()
     lines, = (block for block in re.findall(r"(?:^ {4}.*\n)+", page, re.MULTILINE)
@@ -445,7 +445,7 @@ def test_another_number_of_heads_is_refused_where_the_file_says_it(tmp_path, bes
 # ---------------------------------------------------------------- files
 
 
-def test_companions_of_a_model_load_and_others_are_named(tmp_path):
+def test_flags_and_numpy_scalars_beside_a_model_load_but_no_other_classes(tmp_path):
     """The authors' training script saves its flags and more beside the model, as DeiT's does."""
     state = plain(*external())
     args = argparse.Namespace(
@@ -459,7 +459,7 @@ def test_companions_of_a_model_load_and_others_are_named(tmp_path):
              "it holds torch.nn.modules.linear.Linear", error=ValueError)
 
 
-class Bomb:
+class RunsCode:
     def __reduce__(self):
         return open, (str(self.path), "w")
 
@@ -476,17 +476,17 @@ BROKEN = {
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
 def test_a_file_that_holds_no_weights_ends_in_one_line_and_runs_nothing(
         tmp_path, kind, load, ending):
-    bomb, path = Bomb(), tmp_path / f"x.{ending}"
-    bomb.path = tmp_path / "exploded"
+    code, path = RunsCode(), tmp_path / f"x.{ending}"
+    code.path = tmp_path / "exploded"
     whole, _ = save_backbone(tmp_path)
     if kind in BROKEN:
         path.write_bytes(BROKEN[kind](pathlib.Path(whole).read_bytes()))
     elif kind == "folder":
         path.mkdir()
     elif kind != "missing":
-        save(tmp_path, {"model": bomb} if kind == "code" else [ones(3)], path.name)
+        save(tmp_path, {"model": code} if kind == "code" else [ones(3)], path.name)
     error_of(lambda: LOADERS[load](path), path, error=ValueError)
-    assert not bomb.path.exists()
+    assert not code.path.exists()
 
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
