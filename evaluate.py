@@ -575,9 +575,9 @@ def backbone(path: str, content: dict, img_size: int | list[int] | None) -> tupl
 
 def choose_data(subjects: Sequence[Subject], flags: Namespace) -> None:
     """Fills in --data and --root: one set for all checkpoints, by default the first one's."""
-    first, given = subjects[0].checkpoint["config"], flags.data or flags.root
-    same = flags.data in (None, first.get("data"))
-    flags.root = flags.root or (first.get("root") if same else None)
+    first = subjects[0].checkpoint["config"]
+    own = not flags.root and flags.data in (None, first.get("data"))
+    flags.root = first.get("root") if own else flags.root
     flags.data = flags.data or first.get("data")
     if flags.images and flags.threshold != "auto":
         return
@@ -589,10 +589,8 @@ def choose_data(subjects: Sequence[Subject], flags: Namespace) -> None:
         raise FlagError(f"--threshold: auto needs a val split, {flags.data} has none: give a "
                         "number")
     for path, _, checkpoint, *_ in subjects:
-        if list(checkpoint["classes"]) != list(subjects[0].checkpoint["classes"]):
-            raise ValueError(f"{path}: its classes are not those of {subjects[0].path}")
         root = checkpoint["config"].get("root")
-        if not given and root and os.path.realpath(root) != os.path.realpath(flags.root or ""):
+        if own and root and os.path.realpath(root) != os.path.realpath(flags.root or ""):
             say(f"note: {path} was trained on {printable(root)}, but all are evaluated on "
                 f"{printable(flags.root or flags.data)}: --root chooses another")
 
@@ -645,6 +643,9 @@ def evaluate(flags: Namespace) -> int:
     if not flags.images:
         datasets = [load_split(subject, flags, flags.split) for subject in subjects]
         print_notes([note for dataset in datasets for note in dataset.notes])
+        for subject, dataset in zip(subjects, datasets):
+            if list(dataset.classes) != list(datasets[0].classes):
+                raise ValueError(f"{subject.path}: its classes are not those of {subjects[0].path}")
         files = [*REPORT_FILES, *["maps.npz"] * flags.save_maps]
         joint = {flags.out: ["metrics.json", "gallery.png"]} if several else {}
         claim(joint | {folder: files for folder in folders})
