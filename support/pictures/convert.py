@@ -277,24 +277,20 @@ def read_yolo(folder: Path, remarks: Remarks) -> tuple[list[Annotation], Iterabl
         if path.name != "classes.txt":
             if path.parent not in names:
                 levels = len(path.parts) + 2  # up to two above `folder`
-                names[path.parent] = yolo_names(file.absolute().parents[:levels], remarks)
+                names[path.parent] = yolo_names(file.absolute().parents[:levels])
             annotations.append(Annotation(str(file), [str(path.with_suffix(""))], partial(
                 yolo_boxes, file, names[path.parent], remarks)))
     return annotations, {name for listed in names.values() for name in listed.values()}
 
 
-def yolo_names(places: Iterable[Path], remarks: Remarks) -> dict[int, str]:
+def yolo_names(places: Iterable[Path]) -> dict[int, str]:
     """{number: class} of the first classes.txt or YAML file in these folders; else empty."""
     for place in places:
         if (place / "classes.txt").is_file():
             lines = read_text(place / "classes.txt").rstrip().split("\n")
             return {number: line.strip() for number, line in enumerate(lines)}
         for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")]):
-            try:
-                names = yaml_names(read_text(file))
-            except DataError as error:
-                remarks[UNUSABLE].append(error)
-                continue
+            names = yaml_names(file.read_text("utf-8-sig", "replace")) if file.is_file() else {}
             if names:
                 return names
     return {}

@@ -46,9 +46,9 @@ class Decoded(NamedTuple):
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The picture upright (EXIF) and in RGB, whatever Pillow reads: its first frame, on white where
-    it is transparent, 16-bit and float pixels scaled to 8 bits. Raises DataError naming the
-    file.
+    """The picture in a file of one of FORMATS, upright (EXIF) and in RGB: its first frame, on white
+    where it is transparent, 16-bit and float pixels scaled to 8 bits. Raises DataError naming
+    the file.
     """
     return decode(path).picture
 
