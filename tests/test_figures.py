@@ -116,7 +116,7 @@ def test_pictures_with_class_names_of_several_scripts():
         np.array([[[0, 0, 4, 4]]] * n), np.zeros((n, 1)))
     titles = [[("LCTR", "ReLU(class map) * M^r")]]
     gallery = figures.draw_gallery([examples], titles, classes, "note " * 60)
-    assert gallery.width < 700 and gallery.height > n * figures.CELL
+    assert gallery.width < 700 and gallery.height > n * figures.CELL * 20 / 30
     groups = [("wrong class " * 20, examples)]
     assert figures.draw_failures(groups, classes, "note").width > n * figures.CELL
     assert figures.draw_failures([], classes, "note").height < 150  # empty kinds are left out

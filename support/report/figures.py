@@ -133,32 +133,33 @@ def draw_legend(sheet: Image.Image, annotated: bool) -> None:
 
 def draw_sheet(
     note: str, annotated: bool, columns: Sequence[tuple[str, str]],
-    rows: Sequence[tuple[str, Sequence[tuple]]], cell: tuple[int, int] = (CELL, CELL),
+    rows: Sequence[tuple[str, Sequence[tuple]]], cell: int = CELL,
 ) -> Image.Image:
     """Rows of panels below a legend and a note.
 
     columns: a title and a smaller one above each panel of the first row, or none. rows: a title, or
     "", and (panel, caption, the caption's colour) from left to right. A caption runs on below the
-    panels to the right that have none. cell: the (width, height) that a panel is centred in.
+    panels to the right that have none. cell: the width that a panel is centred in.
     """
-    step = cell[0] + MARGIN
+    step = cell + MARGIN
     width = max(MARGIN + step * max(len(panels) for _, panels in rows), 540)
     notes = wrap_text(note, 14, width - 2 * MARGIN)
     titles = [wrap_text(title, 15, width - 2 * MARGIN) for title, _ in rows]
     top = 40 + LINE * len(notes) + 36 * bool(columns)
-    drops = [LINE * len(lines) + (cell[1] + 30) * bool(panels) + 12 * bool(lines)
-             for lines, (_, panels) in zip(titles, rows)]
+    heights = [max((panel.height for panel, *_ in panels), default=0) for _, panels in rows]
+    drops = [LINE * len(lines) + 12 * bool(lines) + (height + 30) * bool(height)
+             for lines, height in zip(titles, heights)]
     sheet = Image.new("RGB", (width, top + sum(drops)), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw_legend(sheet, annotated)
     for i, line in enumerate(notes):
         put(draw, (MARGIN, 32 + LINE * i), line, 14, GREY)
     for c, (title, product) in enumerate(columns):
-        middle = MARGIN + step * c + cell[0] / 2
-        put(draw, (middle, top - 24), fit_text(title, 15, cell[0]), 15, INK, "ms")
-        put(draw, (middle, top - 7), fit_text(product, 12, cell[0]), 12, GREY, "ms")
+        middle = MARGIN + step * c + cell / 2
+        put(draw, (middle, top - 24), fit_text(title, 15, cell), 15, INK, "ms")
+        put(draw, (middle, top - 7), fit_text(product, 12, cell), 12, GREY, "ms")
 
-    for lines, (_, panels), drop in zip(titles, rows, drops):
+    for lines, (_, panels), height, drop in zip(titles, rows, heights, drops):
         y = top
         if lines:
             draw.line((MARGIN, y, width - MARGIN, y), GRID)
@@ -168,10 +169,10 @@ def draw_sheet(
         y += 12 * bool(lines)
         for c, (panel, caption, colour) in enumerate(panels):
             x = MARGIN + step * c
-            sheet.paste(panel, (x + (cell[0] - panel.width) // 2, y + (cell[1] - panel.height) // 2))
+            sheet.paste(panel, (x + (cell - panel.width) // 2, y + (height - panel.height) // 2))
             following = [i for i, (_, text, _) in enumerate(panels) if text and i > c]
             room = (following[0] - c) * step - MARGIN if following else width - MARGIN - x
-            put(draw, (x, y + cell[1] + 4), fit_text(caption, 13, room), 13, colour)
+            put(draw, (x, y + height + 4), fit_text(caption, 13, room), 13, colour)
         top += drop
     return sheet
 
@@ -291,7 +292,7 @@ def draw_own(
     if size[0] > 1.6 * size[1]:
         rows = [(title, [panel]) for (title, _), panel in zip(columns, panels)]
         columns = []
-    return draw_sheet(note, False, columns, rows, (max(size[0], CELL), size[1]))
+    return draw_sheet(note, False, columns, rows, max(size[0], CELL))
 
 
 # ---------------------------------------------------------------- plots
