@@ -30,13 +30,6 @@ def pair(img_size: int | Sequence[int]) -> tuple[int, int]:
     return (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
 
 
-def one_of(name: str, value: object, *allowed: object) -> None:
-    """Raises ValueError, which names the argument and what is allowed, for another value."""
-    if value not in allowed:
-        need = ", ".join(map(str, allowed))
-        raise ValueError(f"{name}: got {value!r}, need one of {need}")
-
-
 def last_line(error: BaseException) -> str:
     """The last line of an error's message, where torch says what was wrong; else its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
