@@ -393,6 +393,7 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
         # until something is to be logged or saved, the device works on and nobody waits for it
         late = rank == 0 and time.monotonic() - written > SAVE_EVERY
         asked, late = any_process(stop.asked, late)
+        stop.step_ended()
         ends = done + 1 == plan.epoch_steps or step == plan.total
         every = config["checkpoint_every"]
         saves = asked or ends and (late or step == plan.total) or every and step % every == 0

@@ -81,8 +81,8 @@ class Stop:
         return self
 
     def __exit__(self, *_) -> None:
+        self.step_ended()
         for number, handler in self.former.items():
-            signal.alarm(0)
             signal.signal(number, handler)
 
     def handle(self, number: int, _) -> None:
@@ -97,8 +97,12 @@ class Stop:
             with contextlib.suppress(OSError):  # the terminal may be gone
                 print("stopping after this step; Ctrl-C again: now", file=sys.stderr, flush=True)
 
-    def end(self, *_) -> None:
+    def step_ended(self) -> None:
+        """What is saved then may take its time."""
         signal.alarm(0)
+
+    def end(self, *_) -> None:
+        self.step_ended()
         self.raised = True
         raise KeyboardInterrupt
 

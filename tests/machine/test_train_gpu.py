@@ -28,8 +28,8 @@ train.main(sys.argv[1:])
     ["--amp", "bf16", "--compile", "on"], ["--amp", "bf16", "--accumulate", "2"]], ids=" ".join)
 def test_no_step_waits_for_a_gpu(tmp_path, flags):
     (tmp_path / "watch.py").write_text(CODE)
-    on_a_gpu(tmp_path / "watch.py", "--device", "cuda", "--limit-train", 960, "--limit-test", 40,
-             "--epochs", 1, "--pretrain-epochs", 0, "--freeze-blocks", 0, "--drop-path", 0.1,
-             "--out", tmp_path / "run", *flags)
+    command = ("--device cuda --limit-train 960 --limit-test 40 --epochs 1 --pretrain-epochs 0 "
+               "--freeze-blocks 0 --drop-path 0.1 --out").split()
+    on_a_gpu(str(tmp_path / "watch.py"), *command, str(tmp_path / "run"), *flags)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == [10, 20, 30]
