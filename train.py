@@ -188,7 +188,8 @@ def micro_batches(plan: Plan, first: int, config: dict) -> Iterator[list[tuple[i
 # ---------------------------------------------------------------- what a step computes
 
 class Classifier(nn.Module):
-    """What DDP and torch.compile see: images (B, 3, H, W) -> logits (B, C), patch logits or None.
+    """What DDP and torch.compile see: images (B, 3, H, W) -> a tuple of logits, of which the first
+    are the model's (B, C).
 
     patch_loss: of a "token" head. "each" classifies every patch token with the class token's
     layer, (B, C, N), "mean" their mean, (B, C, 1), so that pretraining trains the patch tokens, as
@@ -199,9 +200,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.model, self.patch_loss = model, patch_loss
 
-    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, ...]:
         if self.patch_loss == "none":
-            return self.model(images, noise), None
+            return (self.model(images, noise),)
         tokens, _ = self.model.forward_features(images, "cls", noise)  # (B, N+1, D)
         patches = tokens[:, 1:]
         if self.patch_loss == "mean":
@@ -259,8 +260,8 @@ def compiled(classifier: Classifier, mode: str, plan: Plan, sizes: list[int], co
         noise = torch.ones(shape, device=device) if config["drop_path"] else None
         for _ in range(WARMUP):
             with autocast(device, config["amp"]):
-                outputs = [out for out in whole(images, noise) if out is not None]
-                loss = sum(loss_sum(out, labels, sizes, 0.0) for out in outputs)
+                logits = whole(images, noise)
+                loss = sum(loss_sum(part, labels, sizes, 0.0) for part in logits)
             loss.backward()
             whole.zero_grad(set_to_none=True)
     except Exception as error:  # of any kind: compilers raise nearly anything
@@ -302,6 +303,7 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
     out, device, (rank, world) = Path(config["out"]), torch.device(config["device"]), process()
     main = phase == "main"
     num_classes = len(train_set.classes)
+    smoothing = config["label_smoothing"]
     plan = plan_phase(phase, len(train_set), config)
 
     # the optimizer, and where a checkpoint stood
@@ -359,16 +361,13 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
             alone = world > 1 and i < len(noises)
             with parallel.no_sync() if alone else contextlib.nullcontext():
                 with autocast(device, config["amp"]):
-                    logits, patch_logits = parallel(images, noise)
-                    loss = loss_sum(logits, labels, sizes, config["label_smoothing"])
-                    if patch_logits is not None:
-                        smoothing = config["label_smoothing"]
-                        loss = loss + loss_sum(patch_logits, labels, sizes, smoothing)
+                    logits = parallel(images, noise)
+                    loss = sum(loss_sum(part, labels, sizes, smoothing) for part in logits)
                     loss = loss / plan.batch_size
                 scaler.scale(loss * world).backward()  # DDP takes the mean over processes
 
             # what the log wants of it, left on the device
-            hits = (logits[:, :num_classes].argmax(1) == labels[0]).sum()
+            hits = (logits[0][:, :num_classes].argmax(1) == labels[0]).sum()
             figures = [loss.detach()[None], hits[None]]
             if model.head_type == "cdm":
                 scores = model.cdm.last_scores.float() - 0.5  # (B, G), near 0
@@ -399,7 +398,7 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
         saves = asked or ends and (late or step == plan.total) or every and step % every == 0
         logs = step % LOG_EVERY == 0 or step == plan.total
         warm = step - first in (WARMUP, 2 * WARMUP)
-        if not (saves or logs or ends or warm or step - read == LOG_EVERY):
+        if not (saves or logs or ends or warm):
             continue
 
         # the steps' figures, summed over processes: the one wait for the device

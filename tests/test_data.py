@@ -1,4 +1,3 @@
-import random
 import shutil
 import subprocess
 import sys
@@ -316,36 +315,6 @@ def test_limit_spreads_over_the_split(cub, limit, kept):
     assert data.load_dataset("synthetic", None, "test", 16, limit=4).indices == [0, 250, 500, 750]
 
 
-bytes_to_put = st.binary(max_size=6) | st.sampled_from(
-    [b"\n", b" ", b"-", b"nan", b'"', b"<", b"9" * 400])
-
-
-def corrupted(content, at, cut, put):
-    at = int(at * len(content))
-    return content[:at] + put + content[at + cut:]
-
-
-def loads_or_says_so(load, file, content):
-    """With this content `file` loads wholly, or the DataError is one line; then it is put back."""
-    before = file.read_bytes()
-    file.write_bytes(content)
-    try:
-        everything(load())
-    except data.DataError as error:
-        assert str(error).strip() and "\n" not in str(error)
-    finally:
-        file.write_bytes(before)
-
-
-@settings(quick, max_examples=200)
-@given(name=st.sampled_from(CUB_FILES),
-       at=st.floats(0, 1), cut=st.integers(0, 12), put=bytes_to_put)
-def test_corrupt_cub_files_load_or_say_so(cub, name, at, cut, put):
-    file = cub / f"{name}.txt"
-    content = corrupted(file.read_bytes(), at, cut, put)
-    loads_or_says_so(lambda: load_cub(cub, limit=2), file, content)
-
-
 # ---------------------------------------------------------------- ILSVRC
 
 def load_ilsvrc(root, split="test", **options):
@@ -448,14 +417,6 @@ def test_ilsvrc_annotations_may_lie_in_folders_and_limit_reads_only_the_kept(ils
     assert [s["label"] for s in everything(load_ilsvrc(ilsvrc, limit=3))] == [2, 1, 0]
 
 
-@settings(quick, max_examples=150)
-@given(at=st.floats(0, 1), cut=st.integers(0, 12), put=bytes_to_put)
-def test_corrupt_xml_loads_or_says_so(ilsvrc, at, cut, put):
-    loads_or_says_so(lambda: load_ilsvrc(ilsvrc, limit=2), ilsvrc / FIRST,
-                     corrupted((ilsvrc / FIRST).read_bytes(), at, cut, put))
-
-
-
 # ---------------------------------------------------------------- A folder of one's own
 
 def load_folder(root, split="test", **options):
@@ -532,12 +493,24 @@ def test_a_corrupt_scored_image_shows_when_the_data_set_is_made(folder):
     error_of(lambda: load_folder(folder), broken)
 
 
-@settings(quick, max_examples=150)
-@given(at=st.floats(0, 1), cut=st.integers(0, 12), put=bytes_to_put)
-def test_corrupt_boxes_load_or_say_so(folder, at, cut, put):
-    file = folder / "boxes.csv"
-    content = corrupted(file.read_bytes(), at, cut, put)
-    loads_or_says_so(lambda: load_folder(folder, limit=2), file, content)
+@pytest.mark.full
+@settings(quick, max_examples=400)
+@given(st.sampled_from([*(("cub", f"{name}.txt") for name in CUB_FILES), ("ilsvrc", FIRST),
+                        ("folder", "boxes.csv")]),
+       st.floats(0, 1), st.integers(0, 12), st.binary(max_size=6) | st.sampled_from(
+           [b"\n", b" ", b"-", b"nan", b'"', b"<", b"9" * 400]))
+def test_corrupt_annotations_load_or_say_so(cub, ilsvrc, folder, place, at, cut, put):
+    name, file = place
+    root = {"cub": cub, "ilsvrc": ilsvrc, "folder": folder}[name]
+    content = (root / file).read_bytes()
+    at = int(at * len(content))
+    (root / file).write_bytes(content[:at] + put + content[at + cut:])
+    try:
+        everything(data.load_dataset(name, root, "test", 16, limit=2))
+    except data.DataError as error:
+        assert str(error).strip() and "\n" not in str(error)
+    finally:
+        (root / file).write_bytes(content)
 
 
 # ---------------------------------------------------------------- Batches
