@@ -341,15 +341,13 @@ def compile_kernel(module: str, name: str, args: tuple, kwargs: tuple, sm: int) 
     return binary.asm["ptx"], binary.metadata.shared, binary.metadata.num_warps, kept
 
 
-def never_interpret():
-    os.environ["TRITON_INTERPRET"] = "0"
-
-
 @functools.cache
 def compiler():
-    """One process that compiles, for it imports Triton, whose kernels are interpreted here."""
-    pool = concurrent.futures.ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), initializer=never_interpret)
+    """One process that compiles, for Triton's kernels are interpreted here. It may import the
+    script that runs, and Triton with it: it must start without the interpreter."""
+    pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="0"):
+        pool.submit(os.getpid).result()
     atexit.register(pool.shutdown)
     return pool
 

@@ -16,7 +16,7 @@ import random
 import re
 import sys
 
-os.environ["TRITON_INTERPRET"] = "1"  # as conftest.py has it
+os.environ.setdefault("TRITON_INTERPRET", "1")  # as conftest.py has it
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
