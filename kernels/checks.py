@@ -83,6 +83,7 @@ def aligned(tensor: Tensor) -> Tensor:
     torch's fused attention on CUDA stops at other strides ("no kernel found to launch").
     """
     step = 16 // tensor.itemsize
-    starts = (*tensor.stride()[:-1], tensor.storage_offset())
-    fits = tensor.stride(-1) == 1 and not any(start % step for start in starts)
-    return tensor if fits else tensor.contiguous()
+    start = 0 if torch.compiler.is_compiling() else tensor.storage_offset()  # Dynamo knows none
+    starts = (start, *tensor.stride()[:-1])
+    fits = tensor.stride(-1) == 1 and not any(s % step for s in starts)
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
