@@ -276,8 +276,8 @@ def summarise(evaluation: Evaluation, threshold: float) -> dict:
       box per image, while TS-CAM's code gives each of the five classes a box of its own).
       mean_iou of that box, in [0, 1]. gt_known_curve: at each threshold.
     best_threshold: where gt_known_curve peaks: an oracle, shown beside the threshold in use.
-    max_box_acc: IoU >= 0.5 of the label's map's largest component, at the best threshold, found
-      after averaging over images. max_box_acc_v2: the same for any component, best threshold for
+    max_box_acc: IoU >= 0.5 of the label's map's largest component, at the best threshold after
+      averaging over images. max_box_acc_v2: the same for any component, best threshold for
       each of IoU >= 0.3, 0.5, 0.7, then averaged. Oracles both.
     failures: the share of each of FAILURES. baselines: gt_known of two fixed boxes.
     """
@@ -479,12 +479,12 @@ def localise_photographs(subject: "Subject", flags: Namespace) -> int:
                 continue
 
             # the entry of boxes.json
-            found = dict(zip(couplings, boxes))
+            by_coupling = dict(zip(couplings, boxes))
             entry = {"path": str(path), "size": list(size),
-                     "top5": [[classes[c], p] for c, p in top5], "box": found[coupling]}
-            entries.append(entry | ({"boxes": found} if len(found) > 1 else {}))
+                     "top5": [[classes[c], p] for c, p in top5], "box": by_coupling[coupling]}
+            entries.append(entry | ({"boxes": by_coupling} if len(couplings) > 1 else {}))
             best = "".join(f"{classes[c]} ({100 * p:.1f} %), " for c, p in top5[:1])
-            corners = " ".join(f"{v:.0f}" for v in found[coupling])
+            corners = " ".join(f"{v:.0f}" for v in by_coupling[coupling])
             say(printable(f"{path} -> {file}: {best}box {corners}"))
     finally:
         write_json(flags.out / "boxes.json", entries)

@@ -347,7 +347,8 @@ def test_without_boxes_one_threshold_is_evaluated_and_no_curve_drawn(tmp_path):
     assert (swept.box[:, *swept.at("cls", 0.3)] == evaluation.box[:, 1, 0]).all()
     metrics = summarise(evaluation, 0.3)
     assert metrics == summarise(swept, 0.3) and metrics["n"] == 9 and metrics["n_boxes"] == 0
-    assert metrics["couplings"]["relation"]["gt_known"] is None is metrics["baselines"]["whole_image"]
+    assert metrics["couplings"]["relation"]["gt_known"] is None
+    assert metrics["baselines"]["whole_image"] is None
     with pytest.raises(ValueError, match="needs annotated boxes"):
         evaluate.best_threshold(evaluation, "relation")
 

@@ -25,7 +25,7 @@ RED, CYAN = (255, 45, 55), (60, 240, 255)  # ground truth, predicted
 HEAT = np.array([(8, 10, 56), (44, 40, 140), (116, 52, 178), (196, 72, 160), (244, 124, 104),
                  (254, 190, 92), (253, 250, 178)])
 LINES = {"none": (140, 140, 146), "cls": (230, 140, 0), "relation": (0, 100, 200),
-         "cls-only": (0, 150, 110), "relation-only": (190, 80, 160)}  # told apart without hue too
+         "cls-only": (0, 150, 110), "relation-only": (190, 80, 160)}  # differ in lightness too
 MARK = "evaluate.py of LCTR"  # the PNG text "Software" of every picture written here
 
 
@@ -201,7 +201,7 @@ def draw_panel(examples: Examples, i: int, q: int | None) -> Image.Image:
     x0, y0, x1, y1 = examples.view[i]
     size = [max(1, round(CELL * side / max(x1 - x0, y1 - y0))) for side in (x1 - x0, y1 - y0)]
     height, width = examples.picture.shape[1:3]
-    scale = np.divide(size, (width, height)).repeat(2).reshape(2, 2).T.flatten()
+    scale = np.array([size[0] / width, size[1] / height] * 2)
     panel = Image.fromarray(examples.picture[i]).resize(size, Image.Resampling.BICUBIC)
     if q is not None:
         panel = overlay(panel, examples.heat[i, q])

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 ADD_BOXES = """\
-Localisation is not scored, since no image has an annotated box. To score it, add boxes: a file
-boxes.csv (path,xmin,ymin,xmax,ymax) in the data set's folder, written by hand or from COCO, VOC or
-YOLO annotations with python data.py --convert."""
+Localisation is not evaluated, since no image has an annotated box. To evaluate it, add boxes: a
+file boxes.csv (path,xmin,ymin,xmax,ymax) in the data set's folder, written by hand or from COCO,
+VOC or YOLO annotations with python data.py --convert."""
 
 
 def format_table(metrics: dict | Sequence[dict], chosen: str | None = None) -> str:

@@ -20,13 +20,13 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
                     epilog="Data set, frame and threshold come from the checkpoint by default.")
     group = parser.add_argument_group("data")
     group.add_argument("--data", choices=datasets,
-                       help="data set to score (default: what the checkpoint was trained on)")
+                       help="data set to evaluate on (default: what the checkpoint was trained on)")
     group.add_argument("--root", metavar="DIR",
                        help="the data set's folder (default: the checkpoint's)")
     group.add_argument("--split", choices=("test", "val", "train"),
-                       help="part of the data set to score (default: test)")
+                       help="part of the data set to evaluate on (default: test)")
     group.add_argument("--limit-test", type=number(int, 1), metavar="N",
-                       help="score that many images, spread evenly over the split (default: all)")
+                       help="that many images alone, spread evenly over the split (default: all)")
     group.add_argument("--images", nargs="+", metavar="PATH",
                        help="localise in these photographs or folders instead of a data set")
     group.add_argument("--crop", type=number(int, 1), metavar="SIZE", help="shorter side resized "
@@ -44,10 +44,10 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
                        help="of the box: a number in [0, 1), or auto, the best on val (default: "
                        "the checkpoint's, else 0.2)")
     group.add_argument("--gt-class", action="store_true",
-                       help="score the label's map (default: the predicted class's)")
+                       help="evaluate the label's map (default: the predicted class's)")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=number(int, 1), default=64, metavar="N",
-                       help="images in one forward pass (default: 64)")
+                       help="images in one forward pass (default: 64; photographs go one by one)")
     group.add_argument("--workers", type=number(int, 0), metavar="N",
                        help="processes that load images (default: 0, none besides this one)")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda if there is one)")
@@ -66,11 +66,11 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
 
 
 def check_flags(flags: Namespace, parser: Parser) -> None:
-    """What can be told without reading a file; the defaults that depend on others; the device."""
+    """What can be checked without a file; the defaults that depend on others; the device."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
         if os.environ.get("RANK", "0") != "0":
             sys.exit(2)  # the first process says why
-        parser.error("torchrun: one process scores, so start it with python evaluate.py")
+        parser.error("torchrun: one process evaluates, so start it with python evaluate.py")
     unused = WITH_IMAGES_UNUSED + FOR_AUTO_THRESHOLD * (flags.threshold != "auto")
     for name in unused if flags.images else ():
         if getattr(flags, name) not in (None, False):
