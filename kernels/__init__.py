@@ -6,7 +6,7 @@ CUDA tensors, torch for all others, unless `backend` or `use_backend` says "trit
 CPU tensors Triton needs TRITON_INTERPRET=1.
 
     B images    N patches, h x w of them    T = N+1 tokens, the class token first
-    D channels  S heads of d = D/S channels
+    D width     S heads of width d = D/S
     C classes   G kernels W_g of k x k      K requested classes
 
 Tensors are float32, float16 or bfloat16 (float64 in torch only); sums accumulate in float32. Under
@@ -23,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import torch_path
-from .checks import aligned, autocast, autocast_off, check_attention, check_classes, check_conv, check_dtypes
+from .checks import (
+    aligned, autocast, autocast_off, check_attention, check_classes, check_conv, check_dtypes,
+)
 
 __all__ = [
     "attention", "aggregate_attention", "dynamic_conv2d", "dynamic_conv_logits", "class_maps",

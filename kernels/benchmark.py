@@ -65,7 +65,8 @@ class Call(NamedTuple):
         outputs = tuple(o for o in outputs if o is not None)
         if not self.training:
             return outputs
-        return *outputs, *torch.autograd.grad(outputs, self.inputs, [*map(torch.ones_like, outputs)])
+        upstream = [torch.ones_like(o) for o in outputs]
+        return *outputs, *torch.autograd.grad(outputs, self.inputs, upstream)
 
 
 def calls(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Call]:

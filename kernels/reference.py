@@ -2,7 +2,7 @@
 fused or saved.
 
     B images    N patches, h x w of them    T = N+1 tokens, the class token first
-    D channels  S heads of d = D/S channels
+    D width     S heads of width d = D/S
     C classes   G kernels W_g of k x k      K requested classes
 
 Same names and signatures as the public functions of `kernels`, so that a test is one line. Each

@@ -188,7 +188,7 @@ def class_rows_backward(
 # Up to 256 tokens, one pass. class_row_kernel gives M^c first. Then a program of one_pass_kernel
 # owns a head: it loads k and v once and goes down the rows of A, BLOCK_I at a time, each whole and
 # in registers: their softmax, their product with v, and the column sums sum_i M^c[i] A_s[i, j].
-# torch adds up the heads. Where there are few heads, several programs take turns at the rows of one.
+# torch adds up the heads. Where heads are few, several programs take turns at the rows of one.
 #
 # Beyond, two passes. A program of attention_kernel owns BLOCK_I rows of a head and goes along them
 # with a running maximum and sum (flash attention). It saves their log2-sum-exp2, from which any

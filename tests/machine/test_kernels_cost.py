@@ -109,7 +109,7 @@ def test_heads_are_summed_in_float32():
 
 @pytest.mark.parametrize("side", (14, 28, 40))
 def test_localisation_never_holds_a_blocks_attention(side):
-    """At 224, 448 and 640 px no tensor is larger than the features, or the rows of one head that are held."""
+    """At 224, 448 and 640 px no tensor is larger than the features or some rows of one head."""
     largest, B = 0, 8
 
     class Watch(TorchDispatchMode):
