@@ -157,9 +157,10 @@ def evaluate_model(
     share = np.array_split(np.arange(len(dataset)), world)[rank].tolist()
     batches = [share[i:i + batch_size] for i in range(0, len(share), batch_size)]
     loaded = data.loader(dataset, batches, workers)
+    name = getattr(dataset, "name", "images")
     parts, seconds, training = [], {"forward": 0.0, "boxes": 0.0}, model.training
     model.eval()
-    for _, batch in zip(progress(batches, f"evaluating {dataset.name}", rank == 0), loaded):
+    for _, batch in zip(progress(batches, f"evaluating {name}", rank == 0), loaded):
         # forward pass: the maps of the predicted class and of the label
         started = now(device)
         labels = batch["label"].to(device)
@@ -181,7 +182,7 @@ def evaluate_model(
             part |= {"cls_map": localization.cls_map, "relation_map": localization.relation_map}
             if localization.class_maps is not None:
                 part["class_map"] = localization.class_maps[:, int(gt_class)]
-        part = {name: value.cpu().numpy() for name, value in part.items()}
+        part = {key: value.cpu().numpy() for key, value in part.items()}
         parts.append(part | {"path": batch["path"], "boxes": batch["boxes"]})
         seconds["forward"] += forwarded - started
         seconds["boxes"] += now(device) - forwarded
@@ -193,10 +194,10 @@ def evaluate_model(
         dist.all_gather_object(gathered, parts)
         parts = list(itertools.chain(*gathered))
     if not parts:
-        raise ValueError(f"{dataset.name}: no images to evaluate")
-    columns = {name: [part[name] for part in parts] for name in parts[0]}
-    columns = {name: np.concatenate(values) if isinstance(values[0], np.ndarray)
-               else list(itertools.chain(*values)) for name, values in columns.items()}
+        raise ValueError(f"{name}: no images to evaluate")
+    columns = {key: [part[key] for part in parts] for key in parts[0]}
+    columns = {key: np.concatenate(values) if isinstance(values[0], np.ndarray)
+               else list(itertools.chain(*values)) for key, values in columns.items()}
     return Evaluation(model.head_type, model.img_size, couplings, thresholds, gt_class, amp,
                       seconds, **columns)
 
