@@ -319,6 +319,8 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
         f"{plan.peak:g} after {plan.warmup:.0f} steps, amp {config['amp']}, on {device}"
         + f", from step {first}" * bool(first))
 
+    pictures = {"images": plan.images, "digest": data.digest(train_set)}
+
     # the image labels that this phase's head is trained on, and how many of each there are
     kinds = label_kinds(phase, train_set, config)
     sizes = list(kinds.values())
@@ -465,10 +467,9 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
         if best:
             write_checkpoint(out / "best.pt", state)
         if saves:
-            held = {"images": plan.images, "digest": data.digest(train_set)}
             write_checkpoint(out / "last.pt", state | {
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                "rng": torch.get_rng_state(), "running": running, "data": held})
+                "rng": torch.get_rng_state(), "running": running, "data": pictures})
             written = time.monotonic()
         if said:
             say(said)

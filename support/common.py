@@ -107,7 +107,8 @@ def progress(
     elsewhere a plain line every 30 s.
     """
     total, started = len(items), time.monotonic()
-    terminal, reported = sys.stderr.isatty(), started
+    show = show and sys.stderr is not None  # closed
+    terminal, reported = show and sys.stderr.isatty(), started
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
