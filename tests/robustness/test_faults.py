@@ -225,8 +225,8 @@ def weights_result(capsys, flag, file, whole, trained, tmp_path):
 
 
 @pytest.mark.parametrize("flag, fault", [
-    *((flag, fault) for flag in ONE_USE
-      for fault in (*RAW, "folder", "code", *SAVED, *ONE_USE[flag]))])
+    pytest.param(flag, fault, marks=pytest.mark.full if flag != "--resume" else ())
+    for flag in ONE_USE for fault in (*RAW, "folder", "code", *SAVED, *ONE_USE[flag])])
 def test_weights_that_are_broken(capsys, whole, trained, tmp_path, flag, fault):
     file, last = tmp_path / "odd name.pt", trained / "last.pt"
     changes = SAVED | ONE_USE[flag]
