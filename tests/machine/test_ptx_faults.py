@@ -66,7 +66,7 @@ FAULTS = {
     "selection turned": (r"(selp\.\w+\s+\S+ )(\S+), (\S+),", r"\1\3, \2,"),
     "or for and": (r"\band\.pred", "or.pred"),
 }
-MOST = 8  # sites of a fault in one kernel, evenly spaced: loops are unrolled
+MOST = 4  # places of a fault in one kernel, evenly spaced: loops are unrolled
 
 HEAD = AttentionCase(B=2, S=2, N=69, d=32)  # what is compiled does not depend on B and N
 TOGETHER = HEAD._replace(B=1, N=126, layouts=("contiguous",) * 3, same=True)
