@@ -26,7 +26,7 @@ from kernel_properties import (
     ATTENTIONS, CONVOLUTIONS, DEIT_SMALL, DRAWN, DTYPES, LAYOUTS, PROPERTIES, AttentionCase,
     ConvCase, attention_inputs, check_aggregate_attention, check_attention, check_class_ids,
     check_class_maps, check_class_row, check_dynamic_conv2d, check_dynamic_conv_logits, in_bounds,
-    laid_out, unit, with_gradients,
+    laid_out, place, unit, with_gradients,
 )
 from kernels import cdm, reference, rpam, torch_path
 
@@ -44,7 +44,6 @@ LARGER_SUMS = LARGE_SUMS._replace(pool="padded")
 @DRAWN
 @given(ATTENTIONS)
 @example(WIDEST_HEAD)
-@example(DEIT_HEADS)
 def test_eq4_attention_and_both_maps(dtype, case):
     check_attention(kernels, case._replace(dtype=dtype))
 
@@ -106,16 +105,19 @@ def test_deit_small_in_the_interpreter(check):
     check(kernels, DEIT_SMALL[PROPERTIES[check]]._replace(B=1, dtype=torch.bfloat16))
 
 
-def test_properties_run_as_on_a_gpu(capsys):
-    """test_kernels_gpu.py's process, on a CPU: a line for each property. Strides are kept."""
+def test_tensors_keep_their_strides_on_another_device():
+    for layout in LAYOUTS:
+        tensor = laid_out(torch.rand(2, 3, 4, 5)[:, 1:], layout)
+        placed = place(tensor, "meta")
+        assert placed.device.type == "meta" and placed.shape == tensor.shape
+        assert placed.stride() == tensor.stride(), layout
+
+
+@pytest.mark.full
+def test_what_a_gpu_runs_on_a_cpu(capsys):
     kernel_properties.main(examples=1, processes=1)
     lines = capsys.readouterr().out.splitlines()
     assert lines == [f"{name}: ok" for name in kernel_properties.NAMES]
-    for layout in kernel_properties.LAYOUTS:
-        tensor = kernel_properties.laid_out(torch.rand(2, 3, 4, 5)[:, 1:], layout)
-        placed = kernel_properties.place(tensor, "meta")
-        assert placed.device.type == "meta" and placed.shape == tensor.shape
-        assert placed.stride() == tensor.stride(), layout
 
 
 # ------------------------------------------------------------------------- every public function
@@ -278,6 +280,7 @@ def test_shapes_and_gradients_on_the_meta_device(name, backend):
         assert gradient.device.type == "meta" and gradient.shape == leaf.shape
 
 
+@pytest.mark.full
 def test_operators_pass_torchs_own_checks():
     """opcheck: schema, autograd registration, fake against real outputs, symbolic shapes."""
     q, k, v = detached(arguments("attention"))
@@ -296,7 +299,8 @@ def test_operators_pass_torchs_own_checks():
         torch.library.opcheck(operator, inputs)
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("amp", [
+    pytest.param(False, id="float32", marks=pytest.mark.full), pytest.param(True, id="autocast")])
 @each_operator
 def test_compiles_in_one_graph(name, amp, compile_whole, monkeypatch):
     """Forward and backward, on torch 2.11 too, whose Dynamo cannot trace is_autocast_available."""

@@ -202,7 +202,6 @@ class Program:
         self.registers, self.constants = {}, {}
         self.copies, self.copy_groups = [], []  # cp.async: not yet committed; committed
         self.products, self.product_groups = [], []  # wgmma, likewise
-        self.partial = {}  # sums of products so far, by accumulator
         # registers touched since the last wgmma.fence; "": nothing is ordered before the first one
         self.unordered = {""}
         self.barrier()

@@ -60,23 +60,34 @@ def tf32(words):
 # ------------------------------------------------------------------------------- moves, conversions
 
 
+def names_of(operand):
+    return operand if isinstance(operand, tuple) else (operand,)
+
+
+def gather(program, operand, size):
+    """One register, or several side by side, the lowest bits first: bytes (n, ..). `size`: of one."""
+    words = [program.get(name, f"b{8 * size}") for name in names_of(operand)]
+    return np.stack(words, 1).view(np.uint8)
+
+
+def scatter(program, operand, data, dtype, active=None):
+    """Its inverse; `dtype` of one."""
+    for name, word in zip(names_of(operand), data.view(dtype).T, strict=True):
+        program.put(name, word, active)
+
+
 def move(program, step, active):
-    """mov, and between one wide register and several narrow ones, the lowest bits first."""
+    """mov, also between one wide register and several narrow ones."""
     to, source = step.operands
-    if isinstance(to, tuple):
-        size = TYPES[step.type].itemsize // len(to)
-        parts = program.get(source, step.type).view(UNSIGNED[size]).reshape(-1, len(to))
-        for name, part in zip(to, parts.T):
-            program.put(name, part, active)
-    elif isinstance(source, tuple):
-        size = TYPES[step.type].itemsize // len(source)
-        parts = [program.get(name, f"b{8 * size}") for name in source]
-        program.put(to, np.stack(parts, 1).view(TYPES[step.type])[:, 0], active)
-    else:
-        ordered = source.startswith("%") and source not in program.unordered
-        program.put(to, program.get(source, step.type), active)
-        if ordered:  # ptxas may give both names one register
-            program.unordered -= {to, source}
+    if isinstance(to, tuple) or isinstance(source, tuple):
+        size = TYPES[step.type].itemsize
+        data = gather(program, source, size // len(names_of(source)))
+        scatter(program, to, data, UNSIGNED[size // len(names_of(to))], active)
+        return
+    ordered = source.startswith("%") and source not in program.unordered
+    program.put(to, program.get(source, step.type), active)
+    if ordered:  # ptxas may give both names one register
+        program.unordered -= {to, source}
 
 
 def convert(program, step, active):
@@ -210,30 +221,21 @@ def permute_bytes(program, step, active):
 # -------------------------------------------------------------------- loads, stores, copies, warps
 
 
-def names_of(operand):
-    return operand if isinstance(operand, tuple) else (operand,)
-
-
 def load(program, step, active):
     to, address = step.operands
+    size = TYPES[step.type].itemsize
     if "param" in step.parts:
-        bits = program.arguments[address.base] & (1 << 8 * TYPES[step.type].itemsize) - 1
-        unsigned = UNSIGNED[TYPES[step.type].itemsize]
-        value = np.full(program.threads, bits, unsigned).view(TYPES[step.type])
-        return program.put(to, value, active)
+        bits = program.arguments[address.base] & (1 << 8 * size) - 1
+        return program.put(to, np.full(program.threads, bits, UNSIGNED[size]), active)
     memory, kind = memory_of(program, step)
-    names, size = names_of(to), TYPES[step.type].itemsize
     where = program.address(address, kind)
-    data = memory.access(where, size * len(names), active, program.who)
-    for name, value in zip(names, data.view(TYPES[step.type]).T):
-        program.put(name, value, active)
+    data = memory.access(where, size * len(names_of(to)), active, program.who)
+    scatter(program, to, data, TYPES[step.type])
 
 
 def store(program, step, active):
     memory, kind = memory_of(program, step)
-    bits = f"b{8 * TYPES[step.type].itemsize}"
-    values = np.stack([program.get(name, bits) for name in names_of(step.operands[1])], 1)
-    data = values.view(np.uint8)
+    data = gather(program, step.operands[1], TYPES[step.type].itemsize)
     where = program.address(step.operands[0], kind)
     memory.access(where, data.shape[1], active, program.who, data)
 
@@ -374,12 +376,12 @@ def multiply_matrices(program, step, active):
 
 
 class Product(NamedTuple):
-    """A wgmma under way. `start`: its accumulator (groups, 64, N); None: what comes before."""
+    """A wgmma under way, with what its operands were when it began."""
 
     step: Any  # ptx.Instruction
-    start: np.ndarray | None
     descriptors: dict[int, np.ndarray]
-    operands: tuple[np.ndarray, np.ndarray]  # A, B as they were when it began
+    operands: tuple[np.ndarray, np.ndarray]  # A (groups, 64, K), B (groups, N, K)
+    result: np.ndarray  # (groups, 64, N)
 
 
 def warp_group(program, step, active):
@@ -402,13 +404,15 @@ def warp_group(program, step, active):
         registers = {"", *d, *(a if isinstance(a, tuple) else ())}
         if registers & program.unordered:
             raise Fault("wgmma uses registers touched since the last wgmma.fence")
-        start = None if under_way(program, d) else accumulator(program, d)
+        before = under_way(program, d)
+        start = before.result if before else accumulator(program, d)
         if not program.get(scale, "pred").any():
-            start = np.zeros_like(accumulator(program, d))
+            start = np.zeros_like(start)
         descriptors = {i: program.get(x, "u64").reshape(-1, 128)[:, 0]
                        for i, x in ((1, a), (2, b)) if isinstance(x, str)}
         operands = product_operands(program, step, descriptors)
-        program.products.append(Product(step, start, descriptors, operands))
+        result = product(*operands, start)
+        program.products.append(Product(step, descriptors, operands, result))
         put_result(program, d, np.full((len(d), program.threads), 0xFFFFFFFF, np.uint32))
     else:
         raise Fault("unknown instruction")
@@ -421,9 +425,11 @@ def put_result(program, names, values):
     program.unordered.difference_update(names)
 
 
-def under_way(program, names) -> bool:
-    jobs = itertools.chain(program.products, *program.product_groups)
-    return any(set(job.step.operands[0]) & set(names) for job in jobs)
+def under_way(program, names) -> Product | None:
+    """The last wgmma that writes these registers and has not been waited for."""
+    jobs = [*itertools.chain(*program.product_groups), *program.products]
+    writers = [job for job in jobs if set(job.step.operands[0]) & set(names)]
+    return writers[-1] if writers else None
 
 
 def accumulator(program, names):
@@ -455,11 +461,9 @@ def finish_product(program, job):
     operands = product_operands(program, job.step, job.descriptors)
     if not all(map(functools.partial(np.array_equal, equal_nan=True), operands, job.operands)):
         raise Fault(f"changed before it was waited for: an operand of {job.step.text}")
-    start = program.partial[d] if job.start is None else job.start
-    program.partial[d] = product(*operands, start)
     if under_way(program, d):  # a later group adds to it, so the registers stay garbage
         return
-    result = program.partial[d].reshape(-1, 4, 2, 8, n // 8, 4, 2)
+    result = job.result.reshape(-1, 4, 2, 8, n // 8, 4, 2)
     put_result(program, d, result.transpose(0, 1, 3, 5, 4, 2, 6).reshape(program.threads, -1).T)
 
 
