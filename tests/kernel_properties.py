@@ -46,7 +46,7 @@ DRAWN = settings(max_examples=8, deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 
 
-# ------------------------------------------------------------------------------------------ bounds
+# ------------------------------------------------------------------------------------------- bounds
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -113,7 +113,7 @@ def in_bounds():
         yield
 
 
-# ------------------------------------------------------------------------------------------ inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 
 def random(seed: int):
@@ -178,7 +178,7 @@ def with_gradients(function, convert, inputs, upstream, wanted) -> list[Tensor |
     return [*outputs, *gradients]
 
 
-# ------------------------------------------------------------------------------------ RPAM
+# --------------------------------------------------------------------------------------------- RPAM
 
 
 class AttentionCase(NamedTuple):
@@ -199,11 +199,11 @@ class AttentionCase(NamedTuple):
 ANY_LAYOUT = st.sampled_from(["packed", *LAYOUTS])
 ATTENTIONS = st.builds(
     AttentionCase,
-    B=st.sampled_from([1, 2]), S=st.sampled_from([1, 2, 3, 5]),
+    B=st.sampled_from([1, 2]), S=st.sampled_from([1, 2, 3]),
     N=st.sampled_from([1, 2, 13, 31, 33, 64, 65, 67, 127, 255, 256]),
     d=st.sampled_from([8, 16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
     layouts=ANY_LAYOUT.map(lambda layout: (layout,) * 3) | st.tuples(*[ANY_LAYOUT] * 3),
-    scale=st.sampled_from([1.0, 8.0]), shift=st.sampled_from([0.0, 12.0]), same=st.booleans(),
+    scale=st.sampled_from([1.0, 8.0, 64.0]), shift=st.sampled_from([0.0, 24.0]), same=st.booleans(),
     wanted=st.sampled_from([(0, 1), (0,), (1,)]), upstream=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**20),
 )
@@ -280,7 +280,8 @@ def check_class_row(kernels, case: AttentionCase) -> None:
 
 
 def check_aggregate_attention(kernels, case: AttentionCase) -> None:
-    """Both maps from A (softmax rows, so nothing cancels); its gradient passes through its dtype."""
+    """Both maps from A, softmax rows, so nothing cancels. Its gradient passes through its dtype
+    once."""
     T, normal = case.N + 1, random(case.seed)
     attn = normal(case.B, case.S, T, T).softmax(-1).to(case.dtype)
     attn = laid_out(attn, case.layouts[0])
@@ -298,7 +299,7 @@ def check_aggregate_attention(kernels, case: AttentionCase) -> None:
         assert_within(a, e, limit, dtype, f"aggregate_attention, {what}")
 
 
-# ------------------------------------------------------------------------------------- CDM
+# ---------------------------------------------------------------------------------------------- CDM
 
 
 class ConvCase(NamedTuple):
@@ -410,7 +411,7 @@ def check_dynamic_conv_logits(kernels, case: ConvCase) -> None:
             assert_within(a, e, limit, case.dtype, f"dynamic_conv_logits, {name}")
 
 
-# ------------------------------------------------------------------------------------- all of them
+# -------------------------------------------------------------------------------------- all of them
 
 PROPERTIES = {
     check_attention: ATTENTIONS, check_class_row: ATTENTIONS, check_aggregate_attention: ATTENTIONS,

@@ -28,12 +28,18 @@ from kernel_properties import (
     check_class_maps, check_class_row, check_dynamic_conv2d, check_dynamic_conv_logits, in_bounds,
     laid_out, place, unit, with_gradients,
 )
-from kernels import cdm, reference, rpam, torch_path
+from kernels import cdm, reference, rpam
 
-# ------------------------------------------------------------------------------------- properties
+# --------------------------------------------------------------------------------------- properties
 
+OPERATORS = ("attention", "aggregate_attention", "dynamic_conv2d", "dynamic_conv_logits",
+             "class_maps")
+each_operator = pytest.mark.parametrize("name", OPERATORS)
+each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 WIDEST_HEAD = AttentionCase(B=1, S=1, N=40, d=128)
+LARGE_LOGITS = AttentionCase(B=1, scale=64.0)  # whose exp overflows without a row's maximum
+LOW_LOGITS = AttentionCase(B=1, d=8, shift=24.0)  # and underflows
 DEIT_HEADS = AttentionCase(B=1, S=2, N=196, d=64)
 SEVERAL_BLOCKS = ConvCase(B=1, D=16, C=5, G=2, h=9, w=31)  # of positions
 LARGE_SUMS = ConvCase(B=1, D=9, C=7, h=14, w=14, level=60.0)  # beyond float16
@@ -44,6 +50,8 @@ LARGER_SUMS = LARGE_SUMS._replace(pool="padded")
 @DRAWN
 @given(ATTENTIONS)
 @example(WIDEST_HEAD)
+@example(LARGE_LOGITS)
+@example(LOW_LOGITS)
 def test_eq4_attention_and_both_maps(dtype, case):
     check_attention(kernels, case._replace(dtype=dtype))
 
@@ -53,6 +61,8 @@ def test_eq4_attention_and_both_maps(dtype, case):
 @given(ATTENTIONS)
 @example(WIDEST_HEAD)
 @example(DEIT_HEADS)
+@example(LARGE_LOGITS)
+@example(LOW_LOGITS)
 def test_class_attention_and_its_gradients(dtype, case):
     check_class_row(kernels, case._replace(dtype=dtype))
 
@@ -92,7 +102,7 @@ def test_eq6_at_requested_classes(dtype, case):
     check_class_maps(kernels, case._replace(dtype=dtype))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@each_backend
 @each_dtype
 @DRAWN
 @given(CONVOLUTIONS)
@@ -121,13 +131,7 @@ def test_what_a_gpu_runs_on_a_cpu(capsys):
     assert lines == [f"{name}: ok" for name in kernel_properties.NAMES]
 
 
-# ------------------------------------------------------------------------- every public function
-
-OPERATORS = ("attention", "aggregate_attention", "dynamic_conv2d", "dynamic_conv_logits",
-             "class_maps")
-each_operator = pytest.mark.parametrize("name", OPERATORS)
-each_backend = pytest.mark.parametrize("backend", ["torch", "triton"])
-
+# ---------------------------------------------------------------------------- every public function
 
 def arguments(name: str, B: int = 2, device: str = "cpu", dtype: torch.dtype = torch.float32):
     """A public function's tensors, differentiable where the function is."""
@@ -252,7 +256,7 @@ def test_class_ids_out_of_range_are_an_error_in_cpu_memory(ids):
             kernels.class_maps, *inputs, torch.tensor([ids]))
 
 
-# ------------------------------------------------------------------------------- meta, torch.compile
+# ------------------------------------------------------------------------------ meta, torch.compile
 
 
 @each_backend
@@ -307,7 +311,7 @@ def test_compiles_in_one_graph(name, amp, compile_whole, monkeypatch):
         torch.testing.assert_close(compiled, plain)
 
 
-# ------------------------------------------------------------------------------------------ autocast
+# ----------------------------------------------------------------------------------------- autocast
 
 
 @each_backend
@@ -355,7 +359,7 @@ def test_autocast_casts_as_torchs_products_do(name, given):
             torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6 * b.abs().max().item())
 
 
-# --------------------------------------------------------------------------------- strides, addresses
+# ------------------------------------------------------------------------------- strides, addresses
 
 
 def test_upstream_gradients_may_have_any_strides():
@@ -481,7 +485,7 @@ def test_offsets_inside_an_image_stay_below_32_bits():
     refused(ValueError, ["x", "65536", "2^31"], short_offsets, "x", huge, 1)
 
 
-# ------------------------------------------------------------------------------------------ dispatch
+# ----------------------------------------------------------------------------------------- dispatch
 
 
 def test_use_backend():

@@ -65,7 +65,7 @@ def names_of(operand):
 
 
 def gather(program, operand, size):
-    """One register, or several side by side, the lowest bits first: bytes (n, ..). `size`: of one."""
+    """A register of `size` bytes, or several side by side, the lowest bits first: bytes (n, ..)."""
     words = [program.get(name, f"b{8 * size}") for name in names_of(operand)]
     return np.stack(words, 1).view(np.uint8)
 
@@ -91,7 +91,7 @@ def move(program, step, active):
 
 
 def convert(program, step, active):
-    """cvt between integers, and to floats; two floats are packed with the first in the high half."""
+    """cvt of integers, and to floats. Two floats are packed with the first in the high half."""
     to, *sources = step.operands
     target, source = step.parts[-2:]
     if target in ("f16x2", "bf16x2"):

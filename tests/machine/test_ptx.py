@@ -354,7 +354,7 @@ def packed_descriptor(start, width, leading, stride):
 
 
 def wgmma(kind, columns, left, right, accumulate=False, edit=("", "")):
-    """(D, A B, or 1 + A B): D (64, columns), A and B in shared memory as `left` and `right` lay them
+    """(D, A B or 1 + A B): D (64, columns), A and B in shared memory as `left` and `right` lay them
     out, or A in registers (None). `edit`: what is replaced in the program, and by what."""
     generator, K = torch.Generator().manual_seed(2), 8 if kind == "tf32" else 16
     a, b = (torch.randn(n, K, generator=generator).to(KINDS[kind]) for n in (64, columns))

@@ -70,13 +70,14 @@ MOST = 8  # places of a fault in one kernel, evenly spaced: loops are unrolled
 
 HEAD = AttentionCase(B=2, S=2, N=69, d=32)  # what is compiled does not depend on B and N
 TOGETHER = HEAD._replace(B=1, N=126, layouts=("contiguous",) * 3, same=True)
+LARGE = HEAD._replace(B=1, N=125, scale=1000.0)  # logits
 ODD = ConvCase(B=1, D=61, C=61, G=3, h=3, w=13)  # a little less than whole tiles
 WHOLE = ConvCase(B=1, D=64, C=64, G=2, h=4, w=16, layouts=("contiguous",) * 4)
 CASES = {  # a fault is seen if one of the check's cases that run the kernel fails
-    "class row": (check_class_row, [HEAD, TOGETHER]),
+    "class row": (check_class_row, [HEAD, TOGETHER, LARGE]),
     "aggregate": (check_aggregate_attention, [HEAD, TOGETHER]),
     "attention": (check_attention, [
-        HEAD, TOGETHER._replace(N=101), HEAD._replace(B=1, N=125, scale=1000.0)]),
+        HEAD, TOGETHER._replace(N=101), LARGE]),
     "long attention": (check_attention, [  # two passes in 16 bits too
         HEAD._replace(B=1, N=269), TOGETHER._replace(N=301, S=1)]),
     "conv": (check_dynamic_conv2d, [ODD, WHOLE]),
