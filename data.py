@@ -20,7 +20,6 @@ Anything wrong in a file raises DataError, one line that names it.
     # boxes.csv from annotations of other tools
     python data.py --convert coco FILE|voc DIR|yolo DIR --root mydata --out mydata/boxes.csv
 """
-from __future__ import annotations
 
 import contextlib
 import hashlib
@@ -42,20 +41,20 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from support.pictures.annotations import nfc, place_all
-from support.pictures.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
-                           draw_birds)
 from support.common import (Parser, free_memory, last_line, local_processes, pair, progress, say,
                             write_text)
+from support.pictures.annotations import nfc, place_all
+from support.pictures.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
+                                    draw_birds)
 from support.pictures.convert import READERS as CONVERTERS
 from support.pictures.convert import convert
-from support.report.figures import class_name, fit_text, is_ours, put, write_png
-from support.pictures.folders import has_val
 from support.pictures.decode import DataError, open_image  # noqa: F401
+from support.pictures.folders import has_val
 from support.pictures.readers import read_cub, read_folder, read_ilsvrc, spread
 from support.pictures.views import (as_tensor, check_images, clip_boxes, fixed_view,  # noqa: F401
                                     load_image, load_whole, load_wholes, normalise,
                                     resize_view, whole_size)
+from support.report.figures import class_name, fit_text, is_ours, put, write_png
 
 LOADING_TIMEOUT = 600  # seconds for a batch
 
@@ -114,7 +113,7 @@ class Birds(Split):
     def __init__(self, split: str, img_size, limit=None, crop=None, augment=False, seed=0,
                  species=9):
         if not 2 <= species <= len(SPECIES):
-            raise DataError(f"species: found {species}, needs 2 to {len(SPECIES)}")
+            raise DataError(f"species: got {species}, needs 2 to {len(SPECIES)}")
         self.name, self.split, self.img_size, self.crop = "synthetic", split, img_size, crop
         self.classes, self.num_palettes, self.notes = SPECIES[:species], len(PALETTES), []
         self.augment, self.seed, self.whole_size = augment, seed, img_size
@@ -209,11 +208,11 @@ class Pictures(Split):
         """
         paths = [self.folder / os.fsdecode(path) for path in self.paths]
         work = partial(check_images, img_size=self.img_size, crop=self.crop)
-        found = list(chain(*in_processes(work, paths, f"checking {self.split} images")))
-        boxes, notes = place_all(boxes, found, paths, annotations)
+        pictures = list(chain(*in_processes(work, paths, f"checking {self.split} images")))
+        boxes, notes = place_all(boxes, pictures, paths, annotations)
         self.notes += notes
         inside, clipped, outside = [], 0, 0
-        for rows, decoded in zip(boxes, found):
+        for rows, decoded in zip(boxes, pictures):
             width, height = decoded.size
             left = [(x0, y0, x1, y1) for x0, y0, x1, y1 in rows
                     if max(x0, 0) < min(x1, width) and max(y0, 0) < min(y1, height)]
@@ -287,7 +286,7 @@ def load_dataset(
     if not has_split(name, root, split):
         raise DataError(f"{name} has no split {split!r}")
     if crop is not None and crop < max(img_size):
-        raise DataError(f"crop: found {crop}, needs at least the network's {max(img_size)} pixels")
+        raise DataError(f"crop: got {crop}, needs at least the network's {max(img_size)} pixels")
     if name == "synthetic":
         species = len(classes) if classes else species
         return Birds(split, img_size, limit, crop, augment, seed, species)
@@ -354,8 +353,8 @@ def loader(dataset: Dataset, batches: Iterable[list], workers: int = 0) -> Itera
         if not workers or isinstance(error, KeyboardInterrupt):
             raise
         raise RuntimeError(
-            f"--workers: a process that loads images failed ({last_line(error)[:200]}): fewer of "
-            "them need less memory, shared memory (/dev/shm) and open files; 0 needs none") from None
+            f"--workers: a process that loads images failed ({last_line(error)[:200]}): fewer "
+            "need less memory, shared memory (/dev/shm) and open files; 0 needs none") from None
 
 
 def _start_worker(_):
