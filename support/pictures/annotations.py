@@ -40,8 +40,6 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError, LookupError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text, nor in an encoding that it "
                         f"declares ({error})") from None
-    if not text.strip():
-        raise DataError(f"{path}: empty file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -77,6 +75,8 @@ def read_table(path: Path, needed: str, parse, kind: type = int) -> dict:
             if key in rows:
                 raise DataError(f"{path}:{number}: id {key} is on line {rows[key][0]} already")
             rows[key] = number, value
+    if not rows:
+        raise DataError(f"{path}: empty file, needs lines {needed}")
     return rows
 
 
@@ -84,7 +84,7 @@ def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], lis
     """Of root/boxes.csv: {path below root, in NFC: its boxes}, and notes. known: the paths of the
     images of all splits.
     """
-    file, boxes, astray, shares = root / "boxes.csv", {}, [], []
+    file, boxes, astray = root / "boxes.csv", {}, []
     text = read_text(file) if os.path.lexists(file) else ""
     rows = csv.reader(io.StringIO(text), strict=True)
     try:
@@ -101,17 +101,14 @@ def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], lis
                     "path,xmin,ymin,xmax,ymax with finite xmin < xmax, ymin < ymax") from None
             path = below(root, name)
             boxes.setdefault(path, []).append(box)
-            line = f"line {rows.line_num}, {name[:200]!r}"
-            astray += [line] * (path not in known)
-            shares += [line] * (0 <= min(box) and max(box) <= 1)
+            if path not in known:
+                astray.append(f"line {rows.line_num}, {name[:200]!r}")
     except csv.Error as error:
         raise DataError(f"{file}:{rows.line_num}: not a row of a CSV file ({error})") from None
-    if shares and len(shares) == sum(map(len, boxes.values())):
+    if boxes and all(0 <= min(box) and max(box) <= 1 for listed in boxes.values() for box in listed):
         raise DataError(f"{file}: all its values lie within 0 and 1, which looks normalised: needs "
                         "pixels of the upright picture")
-    return boxes, notes_of({
-        f"rows of {file} name no image": astray,
-        f"rows of {file} lie within 0 and 1, others do not: taken as pixels": shares})
+    return boxes, notes_of({f"rows of {file} name no image": astray})
 
 
 def nfc(name: str) -> str:
@@ -120,14 +117,9 @@ def nfc(name: str) -> str:
 
 
 def below(root: Path, name: str) -> str:
-    """A path of boxes.csv as one relative to root, where it lies below it."""
-    name = os.path.normpath(name.replace("\\", "/"))
-    if os.path.isabs(name) and "\0" not in name:
-        for absolute in (os.path.abspath, os.path.realpath):
-            base, path = nfc(absolute(root)), nfc(absolute(name))
-            if path.startswith(os.path.join(base, "")):
-                return os.path.relpath(path, base)
-    return nfc(name)
+    """A path of boxes.csv, relative to root or absolute, as one relative to root."""
+    base = nfc(os.path.abspath(root))
+    return os.path.relpath(os.path.join(base, nfc(name.replace("\\", "/"))), base)
 
 
 def read_objects(
@@ -140,8 +132,6 @@ def read_objects(
     are returned. left_out: gathers the objects that have no box, which are errors without it.
     """
     text, objects = read_text(file), []
-    if "<!DOCTYPE" in text:  # may declare entities that expand without end
-        raise DataError(f"{file}: found a document type declaration, needs a plain annotation")
     try:
         annotation = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
@@ -155,8 +145,7 @@ def read_objects(
                     f"{file}: object {number} needs a <name> and a <bndbox> of finite xmin < xmax, "
                     "ymin < ymax") from None
             left_out.append(f"{file}: object {number}")
-    sides = [annotation.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
-    stated = read_size(*(side or 0 for side in sides), f"{file}: <size>")
+    stated = read_size(annotation.findtext("size/width"), annotation.findtext("size/height"))
     names = [annotation.findtext(tag, "").strip() for tag in ("folder", "filename")]
     return objects, stated, "/".join(names)
 
@@ -168,16 +157,15 @@ def parse_object(item: ElementTree.Element, from_one: bool) -> tuple[str, tuple[
     return item.findtext("name").strip(), parse_box(x0 - from_one, y0 - from_one, x1, y1)
 
 
-def read_size(width, height, where: str) -> tuple[int, int] | None:
-    """(width, height) that an annotation states for its picture, None where one is 0."""
+def read_size(width, height) -> tuple[int, int] | None:
+    """(width, height) of a picture as its annotation states them; None unless both are numbers
+    above 0.
+    """
     try:
-        sides = float(width), float(height)
-        if not all(side >= 0 and side == int(side) for side in sides):
-            raise ValueError
+        sides = int(float(width)), int(float(height))
     except (ValueError, OverflowError, TypeError):
-        raise DataError(f"{where} is {str(width)[:40]} x {str(height)[:40]}, needs whole numbers "
-                        "of pixels") from None
-    return (int(sides[0]), int(sides[1])) if all(sides) else None
+        return None
+    return sides if min(sides) > 0 else None
 
 
 def of_class(file: Path, wnid: str | None) -> tuple[str, list, tuple[int, int] | None]:
@@ -215,47 +203,44 @@ def turn_box(box: Sequence[float], size: tuple[int, int], orientation: int) -> t
             7: (h - y1, w - x1, h - y0, w - x0), 8: (y0, w - x1, y1, w - x0)}[orientation]
 
 
+def scale_box(box: Sequence[float], sx: float, sy: float) -> tuple[float, ...]:
+    x0, y0, x1, y1 = box
+    return x0 * sx, y0 * sy, x1 * sx, y1 * sy
+
+
 def same_aspect(a: tuple[int, int], b: tuple[int, int]) -> bool:
     """Whether b is a times some number, each side rounded to within a pixel."""
     return max((b[i] - 1) / a[i] for i in (0, 1)) <= min((b[i] + 1) / a[i] for i in (0, 1))
 
 
-def place_boxes(boxes: list, stated: tuple[int, int] | None, decoded: Decoded) -> tuple[list, str]:
+def place_boxes(
+    boxes: Sequence[tuple], stated: tuple[int, int] | None, decoded: Decoded, where, picture
+) -> tuple[list, str]:
     """Boxes of a picture in pixels of its upright form, and what there is to say about them.
 
-    stated is the (width, height) that their annotation has for the picture: the upright one's; the
-    stored one's, where the boxes turn with the picture; the upright one's with width and height
-    swapped, where nothing but this statement is wrong; or that of a larger or smaller copy of
-    either, where the boxes are scaled. Raises ValueError where it is none of these.
+    stated is the (width, height) that their annotation, `where`, has for the picture: the upright
+    one's; the stored one's, where the boxes turn with the picture; the upright one's with width and
+    height swapped, where nothing but this statement is wrong; or that of a larger or smaller copy
+    of either, where the boxes are scaled. Raises DataError where it is none of these.
     """
     stored, upright, orientation = decoded.stored, decoded.size, decoded.orientation
     if not stated:
         return boxes, UNSTATED
-    if stated == upright:
-        return boxes, FRAME_UNKNOWN if orientation > 1 and stored == upright and boxes else ""
-    if stated == stored:
-        return [turn_box(box, stored, orientation) for box in boxes], ""
-    if stated == upright[::-1]:
+    if stated == upright[::-1] != stored:
         return boxes, ""
-    frames = [frame for frame in (upright, stored) if same_aspect(stated, frame)]
-    if not frames:
-        raise ValueError
-    # of two, the one that is nearer
-    frame = min(frames, key=lambda f: abs(f[0] * stated[1] - f[1] * stated[0]))
-    sx, sy = frame[0] / stated[0], frame[1] / stated[1]
-    boxes = [(x0 * sx, y0 * sy, x1 * sx, y1 * sy) for x0, y0, x1, y1 in boxes]
+    frames = [stated] if stated in (upright, stored) else [upright, stored]
+    frame = next((frame for frame in frames if same_aspect(stated, frame)), None)
+    if not frame:
+        turned = f", {upright[0]} x {upright[1]} upright" * (upright != stored)
+        raise DataError(f"{where}: states a size of {stated[0]} x {stated[1]}, but {picture} is "
+                        f"{stored[0]} x {stored[1]}{turned}: needs boxes of that picture, or of a "
+                        "copy in the same aspect")
+    boxes = [scale_box(box, frame[0] / stated[0], frame[1] / stated[1]) for box in boxes]
     if frame != upright:
         boxes = [turn_box(box, stored, orientation) for box in boxes]
-    return boxes, SCALED
-
-
-def wrong_size(where, stated: tuple[int, int], picture, decoded: Decoded) -> DataError:
-    """The error for a stated size that place_boxes cannot use."""
-    width, height = decoded.size
-    turned = f", {width} x {height} upright" * (decoded.size != decoded.stored)
-    return DataError(f"{where}: states a size of {stated[0]} x {stated[1]}, but {picture} is "
-                     f"{decoded.stored[0]} x {decoded.stored[1]}{turned}: needs boxes of that "
-                     "picture, or of a copy in the same aspect")
+    if frame != stated:
+        return boxes, SCALED
+    return boxes, FRAME_UNKNOWN if orientation > 1 and stored == upright and boxes else ""
 
 
 def place_all(
@@ -272,10 +257,7 @@ def place_all(
             remark = STORED_FRAME if fit_stored_alone(rows, image) else ""
         elif annotations[i][0]:
             file, stated = annotations[i]
-            try:
-                rows, remark = place_boxes(rows, stated, image)
-            except ValueError:
-                raise wrong_size(file, stated, picture, image) from None
+            rows, remark = place_boxes(rows, stated, image, file, picture)
         placed.append(rows)
         if remark:
             remarks.setdefault(remark, []).append(file)

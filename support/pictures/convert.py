@@ -12,32 +12,29 @@
 An annotation belongs to the picture below root that has its file's name; of several, to the one
 that shares most folder names with it. Where a picture's own folder is named like a class of the
 annotations, the boxes of that class alone are kept, as ILSVRC's are. Boxes are cut to their
-picture; what is no box is left out and counted.
+picture; what is no box, or of no picture alone, is left out and counted.
 """
 
 import csv
 import io
-import itertools
 import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from support.pictures.annotations import (FRAME_UNKNOWN, nfc, notes_of, parse_box, place_boxes,
-                                          read_objects, read_size, read_text, wrong_size)
-from support.pictures.decode import DataError, Decoded, decode
+from support.pictures.annotations import (nfc, notes_of, parse_box, place_boxes, read_objects,
+                                          read_size, read_text, scale_box)
+from support.pictures.decode import DataError, decode
 from support.pictures.folders import SUFFIXES, images_below
 
-UNMATCHED = "annotations are of no image below --root and are left out"
+UNMATCHED = "annotations have no image below --root that is theirs alone and are left out"
 UNUSABLE = "files or images cannot be used and are left out"
-NO_BOX = "boxes have no area, no numbers, another unit or no known class and are left out"
-INCOMPLETE = "entries lack what COCO has and are left out"
+NO_BOX = ("boxes have no area, no numbers, another unit, no known class or are of a crowd, and are "
+          "left out")
 OTHER_CLASS = "boxes are of another class than their image's folder and are left out"
-CROWD = "boxes are of a crowd (iscrowd) and are left out"
 SEVERAL = ("images have boxes of several classes, none of which is named like their folder: all "
            "are kept")
 OUTSIDE = "boxes lie outside their images and are left out"
@@ -46,15 +43,17 @@ WRONG_UNIT = ("most boxes do not lie within their images: are they in another un
               "where widths and heights are needed?")
 
 Remarks = dict[str, list]  # {what there is to say: of which files, lines or images}
+SHARES = "shares"
 
 
 class Annotation(NamedTuple):
     """What a file says of one picture, whichever that is."""
 
-    where: str  # what an error names
+    where: str  # what notes and errors name
     names: list[str]  # paths that the picture may have, the likeliest first, perhaps without ending
-    # of the matching picture: (class, box in pixels of the upright picture), and a remark
-    read: Callable[[Decoded, Path], tuple[list[tuple[str, tuple]], str]]
+    boxes: list[tuple[str, tuple]]  # (class, (xmin, ymin, xmax, ymax)), at least one
+    # the size of the picture in which the boxes are, if any; SHARES for shares of the upright one
+    stated: tuple[int, int] | str | None
 
 
 def convert(form: str, source: Path, root: Path) -> tuple[str, list[str]]:
@@ -62,31 +61,36 @@ def convert(form: str, source: Path, root: Path) -> tuple[str, list[str]]:
     remarks: Remarks = defaultdict(list)
     annotations, classes = READERS[form](source, remarks)
     classes, rows = set(map(comparable, classes)), []
-    for picture, annotation in sorted(match(annotations, root, remarks).items()):
+    for picture, (where, _, labelled, stated) in sorted(match(annotations, root, remarks).items()):
+        names, boxes = zip(*labelled)
         try:
             if os.fsencode(picture).decode("utf-8", "ignore") != picture:
                 raise DataError(f"{root / picture}: needs a name in UTF-8, as boxes.csv is")
             decoded = decode(root / picture, header_only=True)
-            boxes, remark = annotation.read(decoded, root / picture)
+            if stated == SHARES:
+                stated = decoded.size
+                boxes = [scale_box(box, *stated) for box in boxes]
+            boxes, remark = place_boxes(boxes, stated, decoded, where, root / picture)
         except DataError as error:
             remarks[UNUSABLE].append(error)
             continue
         if remark:
-            remarks[remark].append(annotation.where)
+            remarks[remark].append(where)
 
         # the boxes of the class that the picture's folder names, cut to the picture
         own = comparable(Path(picture).parent.name)
-        kept = [box for name, box in boxes if own not in classes or comparable(name) == own]
-        remarks[OTHER_CLASS] += [annotation.where] * (len(boxes) - len(kept))
-        if own not in classes and len({name for name, _ in boxes}) > 1:
-            remarks[SEVERAL].append(annotation.where)
+        kept = [box for name, box in zip(names, boxes)
+                if own not in classes or comparable(name) == own]
+        remarks[OTHER_CLASS] += [where] * (len(boxes) - len(kept))
+        if own not in classes and len(set(names)) > 1:
+            remarks[SEVERAL].append(where)
         for box in kept:
             cut = cut_box(box, decoded.size)
             if cut is None:
-                remarks[OUTSIDE].append(annotation.where)
+                remarks[OUTSIDE].append(where)
                 continue
             if max(abs(a - b) for a, b in zip(cut, box)) > 1:  # more than rounding
-                remarks[BEYOND].append(annotation.where)
+                remarks[BEYOND].append(where)
             rows.append((picture, *cut))
 
     notes = notes_of(remarks)
@@ -135,63 +139,47 @@ def likeness(picture: str, name: str) -> tuple[int, bool]:
     return len(shared), os.path.basename(picture) == os.path.basename(name)
 
 
+def only_best(scores: dict):
+    """The key with the highest score; None where several have it, or there is none."""
+    best = max(scores.values(), default=None)
+    keys = [key for key in scores if scores[key] == best]
+    return keys[0] if len(keys) == 1 else None
+
+
 def match(
-    annotations: Iterable[Annotation], root: Path, remarks: Remarks
+    annotations: Sequence[Annotation], root: Path, remarks: Remarks
 ) -> dict[str, Annotation]:
-    """{picture's path below root: its annotation}. Of two annotations for a picture the one that
-    shares more folder names with it has it.
-    """
-    by_stem, matched = {}, {}
+    """{picture's path below root: its annotation}, where each is the other's only best."""
+    by_stem = defaultdict(list)
     for path in images_below(root, defaultdict(list)):
-        path = os.path.relpath(path, root)
-        by_stem.setdefault(stem_of(path), []).append(path)
-    for annotation in annotations:
-        name = next((name for name in annotation.names if stem_of(name) in by_stem), None)
-        if name is None:
-            remarks[UNMATCHED].append(annotation.where)
-            continue
+        by_stem[stem_of(path)].append(os.path.relpath(path, root))
 
-        # the picture that is most like it
-        scores = {picture: likeness(picture, name) for picture in by_stem[stem_of(name)]}
-        score = max(scores.values())
-        picture, *others = [picture for picture in scores if scores[picture] == score]
-        if others:
-            raise DataError(f"{annotation.where}: is of {root / picture} or of {root / others[0]}: "
-                            "needs names that tell them apart")
-
-        # which may have an annotation already
-        rival_score, rival = matched.get(picture, ((-1, False), None))
-        if score == rival_score:
-            raise DataError(f"{annotation.where}: is of {root / picture}, as {rival.where} is: "
-                            "needs one of them")
-        loser = annotation if score < rival_score else rival
-        if loser:
-            remarks[UNMATCHED].append(loser.where)
-        if loser is not annotation:
-            matched[picture] = score, annotation
-    return {picture: annotation for picture, (_, annotation) in matched.items()}
+    # the picture that is most like an annotation, then the annotation that is most like a picture
+    claims = defaultdict(dict)  # {picture: {an annotation's index: their likeness}}
+    for i, annotation in enumerate(annotations):
+        name = next((name for name in annotation.names if stem_of(name) in by_stem), "")
+        scores = {path: likeness(path, name) for path in by_stem.get(stem_of(name), ())}
+        picture = only_best(scores)
+        if picture:
+            claims[picture][i] = scores[picture]
+    matched = {picture: only_best(scores) for picture, scores in claims.items()}
+    left_out = set(range(len(annotations))).difference(matched.values())
+    remarks[UNMATCHED] += [annotations[i].where for i in sorted(left_out)]
+    return {picture: annotations[i] for picture, i in matched.items() if i is not None}
 
 
 # ---------------------------------------------------------------- COCO
 
 
-def placed(where: str, sides, boxes: list, decoded: Decoded, picture: Path) -> tuple[list, str]:
-    """(class, box) of a picture, brought into its upright frame. sides: the stated ones, or 0."""
-    stated = read_size(*sides, where)
-    try:
-        rows, remark = place_boxes([box for _, box in boxes], stated, decoded)
-    except ValueError:
-        raise wrong_size(where, stated, picture, decoded) from None
-    return [(name, box) for (name, _), box in zip(boxes, rows)], remark
-
-
 def coco_box(entry: dict) -> tuple[float, ...]:
     """The bbox of a COCO annotation, else its polygons' extent; TypeError, ValueError, LookupError
-    or OverflowError where it has none.
+    or OverflowError where it has none, or is of a crowd.
     """
+    if entry.get("iscrowd"):
+        raise ValueError
     if entry.get("bbox"):
-        x, y, width, height = entry["bbox"]
-        return parse_box(x + 0.0, y + 0.0, x + 0.0 + width, y + 0.0 + height)  # of no texts
+        x, y, width, height = map(float, entry["bbox"])
+        return parse_box(x, y, x + width, y + height)
     xs = [x for polygon in entry["segmentation"] for x in polygon[0::2]]
     ys = [y for polygon in entry["segmentation"] for y in polygon[1::2]]
     return parse_box(min(xs), min(ys), max(xs), max(ys))
@@ -201,46 +189,31 @@ def read_coco(file: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable[
     text = read_text(file)
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}: not a JSON file ({error})") from None
+        listed, entries = list(content["images"]), list(content["annotations"])
+        names = {entry["id"]: str(entry.get("name")) for entry in content.get("categories") or ()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file}: needs JSON with lists of images, annotations and perhaps "
+                        f"categories, as COCO has them ({type(error).__name__}: {error})") from None
 
-    def entries(key: str, **needed: type | tuple) -> Iterable[tuple[str, dict]]:
-        """(where an entry is, the entry) for those of a list that have what is needed."""
-        listed = content.get(key) if isinstance(content, dict) else None
-        if not isinstance(listed, list):
-            raise DataError(f"{file}: needs a list {key!r}, as COCO has it")
-        for i, entry in enumerate(listed):
-            where, entry = f"{file}: {key}[{i}]", entry if isinstance(entry, dict) else {}
-            lacks = [name for name, kind in needed.items() if not isinstance(entry.get(name), kind)]
-            if lacks:
-                remarks[INCOMPLETE].append(f"{where} has no {lacks[0]!r}")
-            else:
-                yield where, entry
-
-    # the classes, and the images with their boxes, by their ids
-    ids = int, str
-    categories = entries("categories", id=ids, name=str) if "categories" in content else ()
-    names, images = {entry["id"]: entry["name"] for _, entry in categories}, {}
-    for where, entry in entries("images", id=ids, file_name=str):
-        if entry["id"] in images:
-            raise DataError(f"{where}: id {entry['id']} is another image's")
-        sides = entry.get("width") or 0, entry.get("height") or 0
-        images[entry["id"]] = f"{where} {entry['file_name']!r}", entry["file_name"], sides, []
-
-    for where, entry in entries("annotations", image_id=ids):
-        category = entry.get("category_id")
-        name = names.get(category, "") if isinstance(category, ids) else ""
+    images = {}  # by their ids
+    for i, entry in enumerate(listed):
+        where = f"{file}: images[{i}]"
         try:
-            if entry.get("iscrowd"):
-                remarks[CROWD].append(where)
-            elif entry["image_id"] not in images:
-                remarks[UNMATCHED].append(f"{where}: image_id {entry['image_id']}")
-            else:
-                images[entry["image_id"]][-1].append((name, coco_box(entry)))
-        except (TypeError, ValueError, LookupError, OverflowError):
-            remarks[NO_BOX].append(f"{where}: bbox {str(entry.get('bbox'))[:80]}")
-    return [Annotation(where, [name.replace("\\", "/")], partial(placed, where, sides, boxes))
-            for where, name, sides, boxes in images.values() if boxes], names.values()
+            key, name = entry["id"], entry["file_name"].replace("\\", "/")
+            if key in images:
+                raise DataError(f"{where}: id {key} is that of {images[key].where}")
+            stated = read_size(entry.get("width"), entry.get("height"))
+            images[key] = Annotation(f"{where} {name!r}", [name], [], stated)
+        except (LookupError, TypeError, AttributeError):
+            remarks[UNUSABLE].append(f"{where} needs an id and a file_name")
+
+    for i, entry in enumerate(entries):
+        try:
+            name, box = names.get(entry.get("category_id"), ""), coco_box(entry)
+            images[entry["image_id"]].boxes.append((name, box))
+        except (TypeError, ValueError, LookupError, OverflowError, AttributeError):
+            remarks[NO_BOX].append(f"{file}: annotations[{i}]: {str(entry)[:120]}")
+    return [image for image in images.values() if image.boxes], names.values()
 
 
 # ---------------------------------------------------------------- Pascal VOC and YOLO
@@ -255,31 +228,41 @@ def files_below(folder: Path, ending: str) -> list[Path]:
 
 
 def read_voc(folder: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable[str]]:
-    annotations, classes = [], set()
+    annotations = []
     for file in files_below(folder, ".xml"):
         try:
             boxes, stated, name = read_objects(file, from_one=True, left_out=remarks[NO_BOX])
         except DataError as error:
             remarks[UNUSABLE].append(error)
             continue
-        classes.update(name for name, _ in boxes)
         if boxes:
             own = str(file.relative_to(folder).with_suffix(""))
-            annotations.append(Annotation(str(file), [own, name.replace("\\", "/")],
-                                          partial(placed, file, stated or (0, 0), boxes)))
-    return annotations, classes
+            names = [own, name.replace("\\", "/")]
+            annotations.append(Annotation(str(file), names, boxes, stated))
+    return annotations, {name for annotation in annotations for name, _ in annotation.boxes}
 
 
 def read_yolo(folder: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable[str]]:
     annotations, names = [], {}  # names: of each folder of files
     for file in files_below(folder, ".txt"):
-        path = file.relative_to(folder)
-        if path.name != "classes.txt":
-            if path.parent not in names:
-                levels = len(path.parts) + 2  # up to two above `folder`
-                names[path.parent] = yolo_names(file.absolute().parents[:levels])
-            annotations.append(Annotation(str(file), [str(path.with_suffix(""))], partial(
-                yolo_boxes, file, names[path.parent], remarks)))
+        path, boxes = file.relative_to(folder), []
+        if path.name == "classes.txt":
+            continue
+        if path.parent not in names:
+            levels = len(path.parts) + 2  # up to two above `folder`
+            names[path.parent] = yolo_names(file.absolute().parents[:levels])
+        try:
+            lines = read_text(file).split("\n")
+        except DataError as error:
+            remarks[UNUSABLE].append(error)
+            continue
+        for number, line in enumerate(lines, 1):
+            try:
+                boxes += [yolo_box(line, names[path.parent])] if line.strip() else []
+            except (ValueError, OverflowError, LookupError):
+                remarks[NO_BOX].append(f"{file}:{number}: {line[:80]!r}")
+        if boxes:
+            annotations.append(Annotation(str(file), [str(path.with_suffix(""))], boxes, SHARES))
     return annotations, {name for listed in names.values() for name in listed.values()}
 
 
@@ -298,40 +281,23 @@ def yolo_names(places: Iterable[Path]) -> dict[int, str]:
 
 def yaml_names(text: str) -> dict[int, str]:
     """The names: of YOLO's data.yaml, a list or number: name, in brackets or one a line."""
-    _, *parts = re.split(r"^names[ \t]*:", text, maxsplit=1, flags=re.MULTILINE)
-    if not parts:
+    block = re.search(r"^names[ \t]*:(.*?)(?=^\w|\Z)", text, re.MULTILINE | re.DOTALL)
+    if not block:
         return {}
-    brackets = re.match(r"\s*[\[{](.*?)[\]}]", parts[0], re.DOTALL)
+    brackets = re.match(r"\s*[\[{](.*?)[\]}]", block[1], re.DOTALL)
     if brackets:
         entries = re.findall(r"""(?:\d+\s*:\s*)?(?:"[^"]*"|'[^']*'|[^,\s][^,]*)""", brackets[1])
     else:
-        entries = itertools.takewhile(re.compile(r"\s*(-|['\"]?\d+['\"]?\s*:|#|$)").match,
-                                      parts[0].split("\n"))
-    names = {}
-    for entry in entries:
-        parts = re.fullmatch(r"""\s*(?:-\s+)?(?:['"]?(\d+)['"]?\s*:\s+)?"""
-                             r"""(?:"([^"]*)"|'([^']*)'|([^#\s].*?))\s*(?:\s#.*)?""", entry)
-        if parts:
-            number, *forms = parts.groups()
-            names[int(number or len(names))] = next(filter(None, forms), "")
-    return names
+        entries = block[1].split("\n")
+    pattern = (r"""\s*(?:-\s+)?(?:['"]?(\d+)['"]?\s*:\s+)?"""
+               r"""(?:"([^"]*)"|'([^']*)'|([^#\s].*?))\s*(?:\s#.*)?""")
+    found = filter(None, (re.fullmatch(pattern, entry) for entry in entries))
+    return {int(entry[1] or i): entry[2] or entry[3] or entry[4] or ""
+            for i, entry in enumerate(found)}
 
 
-def yolo_boxes(
-    file: Path, names: dict[int, str], remarks: Remarks, decoded: Decoded, _
-) -> tuple[list, str]:
-    boxes = []
-    lines = read_text(file).split("\n") if file.read_bytes().strip() else ()
-    for number, line in enumerate(lines, 1):
-        try:
-            boxes += [yolo_box(line, names, decoded.size)] if line.strip() else []
-        except (ValueError, OverflowError, LookupError):
-            remarks[NO_BOX].append(f"{file}:{number}: {line[:80]!r}")
-    return boxes, FRAME_UNKNOWN if decoded.orientation > 1 else ""
-
-
-def yolo_box(line: str, names: dict[int, str], size: tuple[int, int]) -> tuple[str, tuple]:
-    """(class, box in pixels) of a line: a box, perhaps with a confidence behind it, or a polygon.
+def yolo_box(line: str, names: dict[int, str]) -> tuple[str, tuple]:
+    """(class, box in shares) of a line: a box, perhaps with a confidence behind it, or a polygon.
     ValueError, OverflowError or LookupError where it is neither.
     """
     label, *shares = map(float, line.split())
@@ -345,9 +311,7 @@ def yolo_box(line: str, names: dict[int, str], size: tuple[int, int]) -> tuple[s
     number = int(label)
     if number != label or number < 0 or not all(-1 <= share <= 2 for share in shares):
         raise ValueError  # larger ones are pixels
-    x0, y0, x1, y1 = corners
-    box = parse_box(x0 * size[0], y0 * size[1], x1 * size[0], y1 * size[1])
-    return names[number] if names else str(number), box
+    return names[number] if names else str(number), parse_box(*corners)
 
 
 READERS = {"coco": read_coco, "voc": read_voc, "yolo": read_yolo}
