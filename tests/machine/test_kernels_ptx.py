@@ -21,6 +21,7 @@ from kernel_properties import (
     check_attention, check_class_maps, check_dynamic_conv2d, check_dynamic_conv_logits, hold,
 )
 
+full = pytest.mark.full
 each_property = pytest.mark.parametrize("check", PROPERTIES)
 each_target = pytest.mark.parametrize("sm", [80, 90])
 SMALL = {  # odd sizes, and two programs along each axis that has several
@@ -48,7 +49,7 @@ def small(case) -> bool:
     return case.B * case.G * case.h * case.w <= 60
 
 
-@pytest.mark.full
+@full
 @each_target
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_property
@@ -57,7 +58,7 @@ def test_drawn_cases_of_compiled_kernels(check, dtype, sm):
         hold(check, dtype, 5, small)
 
 
-@pytest.mark.full
+@full
 @each_target
 @each_property
 def test_deit_small_as_ptx(check, sm):
@@ -65,9 +66,9 @@ def test_deit_small_as_ptx(check, sm):
 
 
 @pytest.mark.parametrize("check, case, sm", [
-    (check_attention, AttentionCase(N=40, d=16, same=True), 80),
-    (check_dynamic_conv2d, ConvCase(B=1), 90), (check_dynamic_conv_logits, ConvCase(B=1), 80),
-    (check_class_maps, ConvCase(B=1), 90),
+    pytest.param(check_attention, AttentionCase(N=40, d=16, same=True), 80, marks=full),
+    pytest.param(check_dynamic_conv2d, ConvCase(B=1), 90, marks=full),
+    (check_dynamic_conv_logits, ConvCase(B=1), 80), (check_class_maps, ConvCase(B=1), 90),
 ])
 def test_float32_is_float32_unless_torch_may_take_tf32(check, case, sm):
     run(check, case, sm)
@@ -76,7 +77,7 @@ def test_float32_is_float32_unless_torch_may_take_tf32(check, case, sm):
         run(check, case, sm)
 
 
-@pytest.mark.full
+@full
 def test_every_instruction_that_kernels_use_has_a_program_of_its_own():
     """In test_ptx.py, written by hand."""
     written = (pathlib.Path(__file__).parent / "test_ptx.py").read_text()
