@@ -554,7 +554,7 @@ def test_photographs_get_a_picture_and_an_entry_each(checkpoint, tmp_path, capsy
     status, text, err = call(
         capsys, evaluate, "--checkpoint", path, "--images", source, source / "a.jpg")
     assert status == 1 and "broken.png" in err and err.count("\n") == 1
-    assert "note: 1 files have an ending that is not read" in text and ".heic" in text
+    assert "note: 1 files are of a kind that is not read" in text and ".heic" in text
     entries = read(out / "boxes.json")
     assert [e["size"] for e in entries] == [[40, 90], [3, 500], [40, 90]]
     for entry in entries:

@@ -105,7 +105,8 @@ def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], lis
                 astray.append(f"line {rows.line_num}, {name[:200]!r}")
     except csv.Error as error:
         raise DataError(f"{file}:{rows.line_num}: not a row of a CSV file ({error})") from None
-    if boxes and all(0 <= min(box) and max(box) <= 1 for listed in boxes.values() for box in listed):
+    values = [value for listed in boxes.values() for box in listed for value in box]
+    if values and 0 <= min(values) and max(values) <= 1:
         raise DataError(f"{file}: all its values lie within 0 and 1, which looks normalised: needs "
                         "pixels of the upright picture")
     return boxes, notes_of({f"rows of {file} name no image": astray})

@@ -25,11 +25,8 @@ DEEPER = "images lie deeper than in a class's folder and are left out"
 STRAY = "images lie outside the class folders and are left out"
 BESIDE = "images lie beside train/, val/ and test/ and are left out"
 HIDDEN = "hidden files or folders are left out"
-UNREADABLE = "files have an ending that is not read here and are left out"
-NO_ENDING = "files have no ending and are left out"
+UNREADABLE = "files are of a kind that is not read here and are left out"
 DANGLING = "links lead nowhere and are left out"
-SPECIAL = "entries are neither files nor folders and are left out"
-CLOSED = "folders cannot be opened and are left out"
 
 
 def list_folder(
@@ -43,25 +40,22 @@ def list_folder(
         with os.scandir(folder) as entries:
             entries = sorted(entries, key=lambda entry: (nfc(entry.name), entry.name))
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}; needs to be a folder") from None
+        raise DataError(f"{folder}: {error.strerror}; needs to be a folder that can be opened"
+                        ) from None
     for entry in entries:
         ending = os.path.splitext(entry.name)[1].lower()
         if entry.name.lower() in LITTER or not {entry.name.lower(), ending}.isdisjoint(known):
             continue
-        try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError:  # of a link to itself
-            is_folder = is_file = False
         if entry.name.startswith("."):
             left_out[HIDDEN].append(entry.path)
-        elif is_folder:
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            left_out[DANGLING].append(entry.path)
+        elif entry.is_dir():
             folders.append(entry.name)
-        elif is_file and ending in SUFFIXES:
+        elif ending in SUFFIXES and entry.is_file():
             images.append(entry.name)
-        elif is_file:
-            left_out[UNREADABLE if ending else NO_ENDING].append(entry.path)
         else:
-            left_out[DANGLING if entry.is_symlink() else SPECIAL].append(entry.path)
+            left_out[UNREADABLE].append(entry.path)
     return folders, images
 
 
@@ -74,11 +68,7 @@ def images_below(
     real = os.path.realpath(folder)
     if real in above:
         return
-    try:
-        folders, images = list_folder(folder, left_out)
-    except DataError:
-        left_out[CLOSED].append(str(folder))
-        return
+    folders, images = list_folder(folder, left_out)
     yield from (os.path.join(folder, name) for name in images)
     for name in folders:
         yield from images_below(os.path.join(folder, name), left_out, (*above, real))
@@ -105,14 +95,9 @@ def find_images(places: Sequence[str]) -> tuple[list[Path], list[str]]:
 def list_classes(
     folder: Path, left_out: dict[str, list], known: Collection[str] = ()
 ) -> dict[str, str]:
-    """{class: its folder's name}, the class in NFC; images beside the folders are left out. A link
-    that leads nowhere is an error unless it was an image's.
-    """
+    """{class: its folder's name}, the class in NFC; images beside the folders are left out."""
     folders, images = list_folder(folder, left_out, known)
     left_out[STRAY] += [str(folder / name) for name in images]
-    for path in left_out[DANGLING]:
-        if os.path.splitext(path)[1].lower() not in SUFFIXES:
-            raise DataError(f"{path}: this link leads nowhere, needs to lead to a class's folder")
     names = {}
     for name in folders:
         if names.setdefault(nfc(name), name) != name:
@@ -173,14 +158,10 @@ def splits_of(root: Path) -> list[str]:
         folders, images = list_folder(root / name, defaultdict(list))
         return bool(images) and not folders
 
-    for split in SPLITS:
-        if (root / split).is_symlink() and not os.path.isdir(root / split):
-            raise DataError(f"{root / split}: this link leads nowhere, needs to lead to a folder")
-    splits = [split for split in SPLITS if os.path.isdir(root / split)]
-    if splits and all(map(is_class, splits)):
-        folders, _ = list_folder(root, defaultdict(list))
-        return [] if any(map(is_class, set(folders) - set(splits))) else splits
-    return splits
+    splits = [split for split in SPLITS if os.path.lexists(root / split)]
+    others = set(list_folder(root, defaultdict(list))[0]).difference(splits)
+    plain = all(map(is_class, splits)) and any(map(is_class, others))
+    return [] if plain else splits
 
 
 def is_run(folder: Path) -> bool:
@@ -204,10 +185,9 @@ def list_split(
     folders, beside = list_folder(root, defaultdict(list))
     folder, known = root / "train" if splits else root, {"boxes.csv"}
     known |= {name.lower() for name in folders if not splits and is_run(root / name)}
-    names = list_classes(folder, defaultdict(list), known) if not classes else list(classes)
-    if not names:
+    classes = list(classes or list_classes(folder, defaultdict(list), known))
+    if not classes:
         raise DataError(f"{folder}: no class folders: {layout}")
-    classes = list(names)
 
     if splits:
         images = list_images(root / split, left_out, classes, split == "train")
@@ -217,17 +197,11 @@ def list_split(
                 left_out[BESIDE] += images_below(root / name, defaultdict(list))
         return classes, root / split, images, notes_of(left_out)
 
-    if not any(list_folder(root / name, defaultdict(list))[1] for name in folders):
-        raise DataError(f"{root}: no images in its folders: {layout}")
     images = list_images(root, left_out, classes, complete, known)
     parts = split_by_name(images)
-    if not any(parts[split]):
-        raise DataError(f"{root}: no images for split {split!r}: its {len(classes)} classes have "
-                        f"{sum(map(len, images))}, of which train takes at least one each: needs "
-                        "more")
     sizes = ", ".join(f"{sum(map(len, listed))} {part}" for part, listed in parts.items())
     note = (f"{root} has no train/ and test/: the images of its {len(classes)} classes are split "
-            f"80 / 10 / 10 by a hash of their names, into {sizes}")
+            f"80 / 10 / 10 by a hash of their names, at least one each to train, into {sizes}")
     return classes, root, parts[split], [note, *notes_of(left_out)]
 
 
@@ -235,7 +209,7 @@ def has_val(root: Path) -> bool:
     """Whether a folder has images to validate on."""
     try:
         splits = splits_of(root)
-        return "val" in splits if splits else bool(list_split(root, "val", None))
+        return "val" in splits if splits else any(list_split(root, "val", None)[2])
     except DataError:  # which load_dataset will raise
         return False
 
