@@ -197,6 +197,8 @@ def list_split(
                 left_out[BESIDE] += images_below(root / name, defaultdict(list))
         return classes, root / split, images, notes_of(left_out)
 
+    if not any(list_folder(root / name, defaultdict(list))[1] for name in folders):
+        raise DataError(f"{root}: no images in its folders: {layout}")
     images = list_images(root, left_out, classes, complete, known)
     parts = split_by_name(images)
     sizes = ", ".join(f"{sum(map(len, listed))} {part}" for part, listed in parts.items())

@@ -424,7 +424,7 @@ FAULTS = {  # what is done to a folder, the split that is loaded, words of the e
         rename("test", "testing"), "test", ["test: no such folder", LAYOUT]),
     "test is val": (rename("test", "val"), "test", ["test: no such folder", "train, val", LAYOUT]),
     "capitals": (both(rename("train", "Train"), rename("test", "Test")), "train",
-                 ["Test: no images", "lie deeper"]),
+                 ["no images in its folders", LAYOUT]),
     "nothing": (remove("train", "test"), "train", ["no class folders", LAYOUT]),
     "pictures alone": (both(remove("train", "test"), lambda root: picture(root / "1.jpg")),
                        "train", ["no class folders", LAYOUT]),
@@ -432,7 +432,7 @@ FAULTS = {  # what is done to a folder, the split that is loaded, words of the e
         both(remove("train", "test"), lambda root: picture(root / "train/1.jpg"),
              lambda root: picture(root / "test/2.jpg")), "train", ["no class folders", LAYOUT]),
     "a level too high": (lambda root: shutil.move(root, root.parent / "x") and shutil.move(
-        root.parent / "x", root / "pets"), "train", ["pets: no images", "lie deeper"]),
+        root.parent / "x", root / "pets"), "train", ["no images in its folders", LAYOUT]),
     "train is empty": (both(remove("train"), lambda root: (root / "train").mkdir()), "train",
                        ["no class folders", LAYOUT]),
     "train is a file": (both(remove("train"), lambda root: touch(root / "train")), "train",
