@@ -31,14 +31,15 @@ from PIL import Image, JpegImagePlugin
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+DOCS = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS / "experiments")]
 
 import data
 import kernels
-from data import draw_bird
 from kernels.benchmark import print_table, write_rows
 from lctr import LCTR, Attention, VisionTransformer
-from support.common import machine
+from record import machine
+from support.pictures.birds import draw_bird
 
 
 class FusedAttention(Attention):

@@ -5,9 +5,7 @@ import contextlib
 import json
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -233,22 +231,3 @@ def free_memory(device: torch.device) -> float:
                        for name in ("max", "current"))
         available = min(available, limit - used)
     return available / local_processes()
-
-
-def commit() -> str:
-    """Of the code; empty without git or a repository."""
-    with contextlib.suppress(OSError):
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                               text=True, cwd=Path(__file__).parent)
-        return found.stdout.strip()
-    return ""
-
-
-def machine() -> str:
-    """The GPU, or the CPU and its cores: where a measurement was made."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")  # Linux
-    name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    return f"{name[1] if name else platform.machine()}, {threads}"

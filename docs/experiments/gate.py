@@ -24,8 +24,9 @@ import data
 import evaluate
 import train
 from lctr import LCTR, Localization, fuse, mean_over_blocks
+from record import commit, machine
 from support.boxes import to_input
-from support.common import commit, machine, progress, write_json
+from support.common import progress, write_json
 from support.weights import read_weights
 
 RATES, SEEDS, STEPS, BATCH = (5e-5, 3e-4, 1e-3), (0, 1, 2), 60, 32

@@ -20,7 +20,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluate import HIT
-from support.common import commit, machine, write_json
+from record import commit, machine
+from support.common import write_json
 
 FREE = ("head", "seed", "out", "workers", "device", "cache", "eval_every", "checkpoint_every")
 DRAWS = 10_000  # of the bootstrap

@@ -39,7 +39,8 @@ import data
 import evaluate
 import kernels
 from lctr import LCTR, load_checkpoint, mean_over_blocks
-from support.common import commit, machine, write_atomic, write_json, write_text
+from record import commit, machine
+from support.common import write_atomic, write_json, write_text
 
 # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
 TABLES = {

@@ -18,7 +18,7 @@ import sys
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # as conftest.py has it
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "docs/experiments")]
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from kernel_properties import (
     AttentionCase, ConvCase, check_aggregate_attention, check_attention, check_class_maps,
     check_class_row, check_dynamic_conv2d, check_dynamic_conv_logits,
 )
-from support.common import commit, machine
+from record import commit, machine
 
 TABLE = ROOT / "docs/results/ptx_faults.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
