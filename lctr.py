@@ -87,7 +87,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N+1, 3, S, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, S, N+1, d)
         if attention == "full":
-            attn = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
+            logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, S, N+1, N+1)
+            attn = logits.softmax(-1)  # Eq. 4: A_l (B, S, N+1, N+1)
             out = attn @ v  # (B, S, N+1, d)
             maps = AttentionMaps(*rpam(attn), attn)
         else:  # the same without holding A_l
@@ -166,7 +167,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: images (B, 3, H, W) -> X_1 = [x_cls; F(x_p^1); ...; F(x_p^N)] + P (B, N+1, D)."""
         patches = self.patch_embed(images)  # F: each P x P patch projected linearly (B, D, h, w)
-        patches = patches.flatten(2).mT  # (B, N, D)
+        patches = patches.flatten(2).transpose(1, 2)  # (B, N, D)
         cls_token = self.cls_token.expand(patches.shape[0], -1, -1)  # (1, 1, D) -> (B, 1, D)
         return torch.cat([cls_token, patches], 1) + self.pos_embed
 
@@ -402,7 +403,8 @@ class LCTR(VisionTransformer):
 
     def on_grid(self, patches: Tensor) -> Tensor:
         """(B, N) -> (B, h, w), the paper's Gamma; (B, N, D) -> (B, D, h, w). Both are views."""
-        return (patches if patches.ndim == 2 else patches.mT).unflatten(-1, self.grid)
+        patches = patches if patches.ndim == 2 else patches.transpose(1, 2)
+        return patches.unflatten(-1, self.grid)
 
     def classify(self, tokens: Tensor, cls_map: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, N+1, D), M~_*^c (B, h, w) -> logits (B, C), S_g (B, G)."""

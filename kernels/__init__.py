@@ -76,12 +76,15 @@ def aggregate_attention(attn: Tensor, *, backend: str | None = None) -> tuple[Te
     """RPAM on a materialised attention (Fig. 3): both maps from A (B, S, N+1, N+1), read once.
 
     Returns cls_attn M^c (B, N+1) and M^r (B, N) = (1/(N+1)) sum_i M^c[i] A'[i, 1+j], where A' is
-    the head mean and i runs over all N+1 rows: float32 (float64 for float64). Differentiable.
+    the head mean and i runs over all N+1 rows: float32 (float64 for float64). Differentiable: where
+    a gradient is needed torch computes it on every backend, as in dynamic_conv2d.
     """
     if attn.ndim != 4 or attn.shape[2] != attn.shape[3] or attn.shape[2] < 2:
         raise ValueError(f"attn: got shape {tuple(attn.shape)}, need (B, S, N+1, N+1), N >= 1")
     check_dtypes(attn=attn)
     path = _path("attn", attn, backend)
+    if _needs_grad(attn):
+        path = torch_path
     with autocast_off(attn):
         return path.aggregate_attention(attn)
 

@@ -96,8 +96,7 @@ def calls(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> dict[str, Ca
         "dynamic_conv_logits, training": Call(
             kernels.dynamic_conv_logits, leaves(conv), 6 * B * G * C * D * k * k, True),
         "class_maps": Call(kernels.class_maps, (*conv, classes), 2 * B * K * N * D * k * k),
-        "aggregate_attention, training": Call(
-            kernels.aggregate_attention, leaves([attn]), 4 * B * S * T * T, True),
+        "aggregate_attention": Call(kernels.aggregate_attention, (attn,), 2 * B * S * T * T),
         "dynamic_conv2d": Call(kernels.dynamic_conv2d, conv, 2 * B * N * C * D * k * k),
     }
 

@@ -2,7 +2,7 @@
 
     class_row             M^c from row 0 of A alone, differentiable: training
     attention_relation    softmax(q k^T) v and both maps, without A in memory: localisation
-    aggregate_attention   both maps from A in memory: forward_features(images, "full") alone
+    aggregate_attention   both maps from an A in memory: for studies, no script holds A
 
 B images, S heads, T = N+1 tokens (token 0 is the class token), d the width of a head, HEAD_DIM in
 the code. i is a row of A, a query; j a column, a key. q, k, v (B, S, T, d) are views of one
@@ -16,7 +16,6 @@ Limits: d at most 128; 46,340 tokens where A is in memory. docs/kernels.md says 
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,7 +39,6 @@ BLOCKS = {
         512: dict(BLOCK_I=16, BLOCK_J=64, num_warps=4, num_stages=2),
     },
     "aggregate_kernel": dict(BLOCK_I=16, BLOCK_J=64, num_warps=4),
-    "aggregate_backward_kernel": dict(BLOCK_I=16, BLOCK_J=64, num_warps=4),
 }
 # AMD's registers hold less of these.
 ON_AMD = {"one_pass_kernel": dict(BLOCK_I=16), "attention_kernel": dict(num_stages=2)}
@@ -358,19 +356,16 @@ def _two_passes(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, T
 
 # ----------------------------------------------------------------- aggregate_attention: A in memory
 #
-# For forward_features(images, attention="full") alone, which holds A; no script asks for it.
+# For an A that somebody holds: no script does, and attention="full" in lctr.py runs lctr.rpam.
 #
 #     mean = attn.mean(1)                               A'  (B, T, T)
 #     cls_attn = mean[:, 0]                             M^c (B, T)
 #     weighted = cls_attn[:, :, None] * mean[:, :, 1:]  row i times M^c[i] (B, T, T-1)
 #     relation = weighted.mean(1)                       M^r (B, T-1)
 #
-# Forward: a program owns BLOCK_J columns of one image and goes down their rows, so that a column's
-# sum needs no other program. Row 0 is M^c: each program reads all of it, as the rows' weights, and
-# its own columns of it once more: a head costs ceil(T / BLOCK_J) + 1 rows more than the T of A.
-#
-# Gradient, with g[j] = dM^r[j] / T: dA_s[i, j] = M^c[i] g[j] / S, the same for every head, and
-# dM^c[i] = sum_j A'[i, j] g[j], which row 0 of dA receives. A program owns BLOCK_I rows.
+# A program owns BLOCK_J columns of one image and goes down their rows, so that a column's sum needs
+# no other program. Row 0 is M^c: each program reads all of it, as the rows' weights, and its own
+# columns of it once more: a head costs ceil(T / BLOCK_J) + 1 rows more than the T of A.
 #
 # A's rows start at multiples of T elements. Where T is odd, as 197, a load moves one element a lane
 # (a warp still reads whole sectors); where it is a multiple of 8 in 16 bits, 16 bytes.
@@ -410,36 +405,6 @@ def aggregate_kernel(
     tl.store(relation + b * (T - 1) + j - 1, column, mask=(j >= 1) & (j < T))
 
 
-@triton.jit
-def aggregate_backward_kernel(
-    attn, cls_attn, grad_relation,  # (B, S, T, T), (B, T), (B, T-1)
-    grad_attn, grad_cls_weight,  # (B, T, T), the same for every head; (B, T)
-    stride_b, stride_s, stride_i, stride_j, S, T,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    attn += b * stride_b
-    grad_attn += b * T * T
-    cls_weight = tl.load(cls_attn + b * T + i, mask=i < T, other=0.0)
-
-    total = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
-    for start in range(0, T, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        inside = (i[:, None] < T) & (j[None, :] < T)
-        g = tl.load(grad_relation + b * (T - 1) + j - 1, mask=(j >= 1) & (j < T), other=0.0) / T
-        gradient = (cls_weight[:, None] * g[None, :] / S).to(grad_attn.dtype.element_ty)
-        below_row_0 = inside & (i[:, None] >= 1)  # row 0 also needs dM^c of all rows: on the host
-        tl.store(grad_attn + i[:, None] * T + j[None, :], gradient, mask=below_row_0)
-        heads = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)  # sum_s A_s[i, j]
-        for s in range(S):
-            head = attn + tl.cast(s, tl.int64) * stride_s
-            offsets = i[:, None] * stride_i + j[None, :] * stride_j
-            heads += tl.load(head + offsets, mask=inside, other=0.0).to(tl.float32)
-        total += heads * g[None, :]
-    tl.store(grad_cls_weight + b * T + i, tl.sum(total, 1) / S, mask=i < T)
-
-
 @torch.library.custom_op(f"{__package__}::aggregate_attention", mutates_args=())
 def aggregate_attention(attn: Tensor) -> tuple[Tensor, Tensor]:
     """A (B, S, T, T) -> M^c (B, T), M^r (B, T-1), float32."""
@@ -450,26 +415,6 @@ def aggregate_attention(attn: Tensor) -> tuple[Tensor, Tensor]:
     grid = (B, triton.cdiv(T, blocks["BLOCK_J"]))
     launch(aggregate_kernel, grid, attn, cls_attn, relation, *attn.stride(), S, T, **blocks)
     return cls_attn, relation
-
-
-@torch.library.custom_op(f"{__package__}::aggregate_attention_backward", mutates_args=())
-def aggregate_attention_backward(
-    attn: Tensor, cls_attn: Tensor, grad_cls: Tensor, grad_relation: Tensor
-) -> Tensor:
-    """A (B, S, T, T), M^c (B, T), dM^c (B, T), dM^r (B, T-1) -> dA (B, T, T), for every head."""
-    B, S, T, _ = attn.shape
-    attn, grad_relation = short_offsets("attn", attn, 2), grad_relation.contiguous()
-    grad_attn = _aggregate_gradient_shape(attn, cls_attn, grad_cls, grad_relation)
-    short_offsets("attn's gradient", grad_attn, 1)
-    grad_cls_weight = torch.empty_like(cls_attn)
-    blocks = BLOCKS["aggregate_backward_kernel"]
-    grid = (B, triton.cdiv(T, blocks["BLOCK_I"]))
-    launch(aggregate_backward_kernel, grid, attn, cls_attn, grad_relation, grad_attn,
-           grad_cls_weight, *attn.stride(), S, T, **blocks)
-    # Row 0 is a row of A like the others, the source of M^c, and the weight of every row.
-    as_row = cls_attn[:, :1] * F.pad(grad_relation / T, (1, 0))  # (B, T)
-    grad_attn[:, 0] = (as_row + grad_cls + grad_cls_weight) / S
-    return grad_attn
 
 
 # ------------------------------------------------------------------- what launches have in common
@@ -547,22 +492,3 @@ def _attention_shapes(q, k, v):
 def _aggregate_shapes(attn):
     B, _, T, _ = attn.shape
     return attn.new_empty(B, T, dtype=torch.float32), attn.new_empty(B, T - 1, dtype=torch.float32)
-
-
-@aggregate_attention_backward.register_fake
-def _aggregate_gradient_shape(attn, cls_attn, grad_cls, grad_relation):
-    B, _, T, _ = attn.shape
-    return attn.new_empty(B, T, T)
-
-
-def _save_attention(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output[0])
-
-
-def _aggregate_gradient(ctx, grad_cls, grad_relation):
-    attn, cls_attn = ctx.saved_tensors
-    grad_attn = aggregate_attention_backward(attn, cls_attn, grad_cls, grad_relation)
-    return grad_attn[:, None].expand_as(attn)  # (B, T, T) -> (B, S, T, T)
-
-
-aggregate_attention.register_autograd(_aggregate_gradient, setup_context=_save_attention)
