@@ -27,8 +27,8 @@ def class_row(q: Tensor, k: Tensor) -> Tensor:
     """M^c (B, T): row 0 of A, head mean."""
     wide = torch.promote_types(q.dtype, torch.float32)
     # A sum of products: matmul would copy the strided k, and keep the copy for the gradient.
-    scores = (q[:, :, :1].to(wide) * k).sum(-1) / math.sqrt(q.shape[-1])  # (B, S, T)
-    return scores.softmax(-1).mean(1)
+    logits = (q[:, :, :1].to(wide) * k).sum(-1) / math.sqrt(q.shape[-1])  # (B, S, T)
+    return logits.softmax(-1).mean(1)
 
 
 def attention_relation(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +58,9 @@ def aggregate_attention(attn: Tensor) -> tuple[Tensor, Tensor]:
     """A (B, S, T, T) -> M^c (B, T), M^r (B, T-1)."""
     mean = attn.mean(1, dtype=torch.promote_types(attn.dtype, torch.float32))  # A' (B, T, T)
     cls_attn = mean[:, 0]  # (B, T)
-    return cls_attn, (cls_attn[:, None] @ mean)[:, 0, 1:] / attn.shape[-1]
+    # No matmul: torch.compile would run its gradient in autocast's dtype.
+    weighted = cls_attn[:, :, None] * mean[:, :, 1:]  # (B, T, T-1)
+    return cls_attn, weighted.mean(1)
 
 
 # ---------------------------------------------------------------------------------------------- CDM

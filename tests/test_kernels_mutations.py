@@ -84,8 +84,6 @@ MUTATIONS = (  # file and function, what stands there, what stands there instead
     (AGGREGATE, "head + i * stride_j", "head + i * stride_i", "aggregate"),
     (AGGREGATE, "b * stride_b", "0 * stride_b", "aggregate"),
     (AGGREGATE, "range(0, T, BLOCK_I)", "range(BLOCK_I, T, BLOCK_I)", "aggregate"),
-    ("rpam.aggregate_backward_kernel", "total += ", "total = ", "aggregate"),
-    ("rpam.aggregate_attention_backward", " + grad_cls_weight)", ")", "aggregate"),
     ("rpam.aggregate_attention", "*attn.stride()", "*attn.contiguous().stride()", "aggregate"),
     ("cdm.window_counts", "column < GRID_W)", "column < GRID_W + 1)", "logits"),
     ("cdm.window_counts", "1 + (column > 0)", "(column > 0)", "padded logits"),
