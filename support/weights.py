@@ -88,8 +88,6 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
     """A header's length (8 bytes, little-endian), a JSON header, raw tensors."""
     content = np.fromfile(path, np.uint8)
     length = int.from_bytes(content[:8].tobytes(), "little")
-    if not 2 <= length <= len(content) - 8:
-        raise ValueError(f"its header claims {length} bytes, the file has {len(content)}")
     data, tensors = torch.from_numpy(content[8 + length:]), {}
     try:
         header = json.loads(content[8:8 + length].tobytes())
@@ -126,8 +124,10 @@ LAYER_SCALES = {  # x + gamma * (W x + b), under DINOv2's and timm's names, BEiT
     ".ls2.gamma": ".mlp.fc2", ".gamma_2": ".mlp.fc2",
 }
 STATEMENTS = {  # what a file may state beside its weights: how many numbers, above what, their type
-    "num_heads": (1, 0, int), "grid": (2, 0, int),
-    "mean": (3, -math.inf, float), "std": (3, 0, float),
+    "num_heads": (1, 0, int, "a whole number above 0"),
+    "grid": (2, 0, int, "2 whole numbers above 0"),
+    "mean": (3, -math.inf, float, "3 numbers"),
+    "std": (3, 0, float, "3 numbers above 0"),
 }
 
 
@@ -155,11 +155,11 @@ def find_state(content: dict, source: str) -> dict[str, Tensor]:
     if not isinstance(entries, dict):
         raise ValueError(f"{source}: found a {type(entries).__name__}, need a state dict")
     for key, value in entries.items():
-        wrong = defect(value) if isinstance(key, str) else f"a {type(key).__name__} as its name"
+        wrong = defect(value)
         if wrong:
             raise ValueError(f"{source}: {printable(key)[:100]}: found {wrong}, need a tensor of "
                              "finite floating-point numbers")
-        key = re.sub(r"^(module\.|_orig_mod\.)+", "", key)  # DataParallel, torch.compile
+        key = re.sub(r"^(module\.|_orig_mod\.)+", "", str(key))  # DataParallel, torch.compile
         prefix = next((prefix for prefix in AUTHORS_NAMES if key.startswith(prefix)), "")
         key = AUTHORS_NAMES.get(prefix, "") + key.removeprefix(prefix)
         if key in state:
@@ -173,24 +173,21 @@ def find_statements(content: dict, source: str) -> dict:
 
     grid: (h', w') of its positions. mean, std: what its pictures, in 0 to 1, were normalised by.
     """
-    config, about = content.get("config"), {}
-    wrapped = isinstance(content.get("model", content.get("state_dict")), dict)
-    stated = dict(content) if wrapped else {}
+    about = {name: content[name] for name in STATEMENTS if name in content}
+    config = content.get("config")
     if isinstance(config, dict):  # train.py's
         if "num_heads" in config:
-            stated["num_heads"] = config["num_heads"]
+            about["num_heads"] = config["num_heads"]
         with contextlib.suppress(*LOAD_ERRORS):
             h, w = (side // config["patch_size"] for side in pair(config["img_size"]))
-            about["grid"] = (h, w)
-    for name, (count, low, kind) in STATEMENTS.items():
-        if name in stated:
-            numbers = [stated[name]] if count == 1 else stated[name]
-            fits = isinstance(numbers, (list, tuple)) and len(numbers) == count and all(
-                type(number) in (int, kind) and low < number < math.inf for number in numbers)
-            if not fits:
-                need = f"{count} {'whole ' * (kind is int)}number{'s' * (count > 1)} above {low}"
-                raise ValueError(f"{source}: {name}: found {shown(stated[name])}, need {need}")
-            about[name] = stated[name] if count == 1 else tuple(numbers)
+            about["grid"] = h, w
+    for name, stated in about.items():
+        count, low, kind, need = STATEMENTS[name]
+        numbers = [stated] if count == 1 else stated
+        fits = isinstance(numbers, (list, tuple)) and len(numbers) == count and all(
+            type(number) in (int, kind) and low < number < math.inf for number in numbers)
+        if not fits:
+            raise ValueError(f"{source}: {name}: found {shown(stated)}, need {need}")
     if ("mean" in about) != ("std" in about):
         raise ValueError(f"{source}: found one of mean and std, need both")
     return about
@@ -203,13 +200,6 @@ def convert(state: dict[str, Tensor], about: dict) -> list[str]:
     fits no model.
     """
     before = dict(state)
-
-    # BEiT's biases: the keys have none
-    for attn in [key.removesuffix("q_bias") for key in state if key.endswith(".attn.q_bias")]:
-        q, v = state[f"{attn}q_bias"], state.get(f"{attn}v_bias")
-        if v is not None and q.ndim == v.ndim == 1 and f"{attn}qkv.bias" not in state:
-            del state[f"{attn}q_bias"], state[f"{attn}v_bias"]
-            state[f"{attn}qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
 
     # a linear layer without a bias has one of zeros
     for key in before:

@@ -79,16 +79,6 @@ def without_biases(*suffixes):
     return change
 
 
-def beit_biases(network, head):
-    """q and v have a bias, k has none; LayerScale is gamma_1 and gamma_2."""
-    state = layer_scale(("gamma_1", "gamma_2"))(network, head)
-    for i in range(L):
-        q, k, v = state.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
-        k.zero_()
-        state |= {f"blocks.{i}.attn.q_bias": q, f"blocks.{i}.attn.v_bias": v}
-    return state
-
-
 def no_position_of_the_class_token(network, head):
     state = plain(network, head)
     state["pos_embed"][:, 0] = 0
@@ -109,7 +99,6 @@ RIGHT = {
     "under state_dict": lambda *parts: {"state_dict": plain(*parts), "arch": "vit"},
     "DINOv2's LayerScale": layer_scale(("ls1.gamma", "ls2.gamma")),
     "BEiT's, DeiT III's and EVA's LayerScale": layer_scale(("gamma_1", "gamma_2")),
-    "BEiT's biases": beit_biases,
     "no qkv bias": without_biases("qkv.bias"),
     "no bias at all": without_biases(*(f"{name}.bias" for name in weights.LINEARS)),
     "DeiT III's positions": no_position_of_the_class_token,
@@ -233,6 +222,8 @@ REFUSED = {  # a change of DeiT's state dict, and what the error names
         lambda state: state | {"pos_embed": ones(1, 4, 4, D)}, "pos_embed"),
     "RoPE": (added(rope_embed__periods=ones(3)), "has rope_embed.periods"),
     "RoPE alone": (without("pos_embed"), "pos_embed"),
+    "BEiT's biases": (without("qkv.bias", blocks("attn.q_bias", ones(D)), blocks("attn.v_bias", ones(D))),
+                      "has blocks.0.attn.q_bias"),
     "gates": (blocks("attn.gate.weight", ones(D)), "has blocks.0.attn.gate.weight"),
     "a third scale": (blocks("gamma_3", ones(D)), "has blocks.0.gamma_3"),
     "a scale of another width": (blocks("ls1.gamma", ones(13)), "has blocks.0.ls1.gamma"),
@@ -279,7 +270,7 @@ REFUSED = {  # a change of DeiT's state dict, and what the error names
     "half of the shards": (without(r"blocks\.[12]|norm"), "lacks"),
     "a counter among the weights": (
         lambda state: state | {"epoch": 3}, "epoch: found a int, need a tensor"),
-    "a number as a name": (lambda state: state | {3: ones(3)}, "3: found a int as its name"),
+    "a number as a name": (lambda state: state | {3: ones(3)}, "has 3, which"),
     "int8": (lambda state: {key: value.to(torch.int8) for key, value in state.items()},
              "found torch.int8, need a tensor of finite floating-point numbers"),
     "one quantised layer": (blocks("mlp.fc2.weight", ones(D, 48).to(torch.uint8)),
