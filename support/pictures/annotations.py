@@ -82,7 +82,7 @@ def read_table(path: Path, needed: str, parse, kind: type = int) -> dict:
 
 def read_boxes(root: Path, known: Collection[str]) -> tuple[dict[str, list], list[str]]:
     """Of root/boxes.csv: {path below root, in NFC: its boxes}, and notes. known: the paths of the
-    images of all splits.
+    images below root.
     """
     file, boxes, astray = root / "boxes.csv", {}, []
     text = read_text(file) if os.path.lexists(file) else ""
@@ -139,7 +139,10 @@ def read_objects(
         raise DataError(f"{file}:{error.position[0]}: not well-formed XML ({error})") from None
     for number, item in enumerate(annotation.findall("object"), 1):
         try:
-            objects.append(parse_object(item, from_one))
+            x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{side}"))
+                              for side in ("xmin", "ymin", "xmax", "ymax"))
+            box = parse_box(x0 - from_one, y0 - from_one, x1, y1)
+            objects.append((item.findtext("name").strip(), box))
         except (ValueError, TypeError, AttributeError):
             if left_out is None:
                 raise DataError(
@@ -149,13 +152,6 @@ def read_objects(
     stated = read_size(annotation.findtext("size/width"), annotation.findtext("size/height"))
     names = [annotation.findtext(tag, "").strip() for tag in ("folder", "filename")]
     return objects, stated, "/".join(names)
-
-
-def parse_object(item: ElementTree.Element, from_one: bool) -> tuple[str, tuple[float, ...]]:
-    """(class, box) of an <object>; ValueError, TypeError or AttributeError where it is none."""
-    x0, y0, x1, y1 = (float(item.findtext(f"bndbox/{side}"))
-                      for side in ("xmin", "ymin", "xmax", "ymax"))
-    return item.findtext("name").strip(), parse_box(x0 - from_one, y0 - from_one, x1, y1)
 
 
 def read_size(width, height) -> tuple[int, int] | None:

@@ -220,8 +220,7 @@ def read_coco(file: Path, remarks: Remarks) -> tuple[list[Annotation], Iterable[
 
 
 def files_below(folder: Path, ending: str) -> list[Path]:
-    files = [file for file in sorted(folder.rglob(f"*{ending}"))
-             if not file.name.startswith(".") and not file.is_dir()]
+    files = [file for file in sorted(folder.rglob(f"*{ending}")) if file.name[0] != "."]
     if not files:
         raise DataError(f"{folder}: no {ending} files, needs a folder of them")
     return files
@@ -273,7 +272,7 @@ def yolo_names(places: Iterable[Path]) -> dict[int, str]:
             lines = read_text(place / "classes.txt").rstrip().split("\n")
             return {number: line.strip() for number, line in enumerate(lines)}
         for file in sorted([*place.glob("*.yaml"), *place.glob("*.yml")]):
-            names = yaml_names(file.read_text("utf-8-sig", "replace")) if file.is_file() else {}
+            names = yaml_names(file.read_text("utf-8-sig", "replace"))
             if names:
                 return names
     return {}

@@ -216,16 +216,6 @@ def has_val(root: Path) -> bool:
         return False
 
 
-def image_names(root: Path) -> set[str]:
-    """The paths below root, in NFC, of the images of all its splits."""
-    names, left_out = set(), defaultdict(list)
-    for split in splits_of(root) or [""]:
-        for name in list_folder(root / split, left_out)[0]:
-            _, images = list_folder(root / split / name, left_out)
-            names |= {nfc(os.path.join(split, name, image)) for image in images}
-    return names
-
-
 def hash_of(path: str) -> float:
     """A number from 0 to 1 that follows from a file's name alone."""
     name = os.fsencode(nfc(os.path.basename(path)))

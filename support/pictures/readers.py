@@ -11,7 +11,7 @@ from typing import NamedTuple
 from support.pictures.annotations import (nfc, notes_of, of_class, parse_box, read_boxes,
                                           read_table)
 from support.pictures.decode import DataError
-from support.pictures.folders import (flatten, image_names, list_classes, list_images,
+from support.pictures.folders import (flatten, images_below, list_classes, list_images,
                                       list_one_level, list_split)
 
 
@@ -200,7 +200,8 @@ def read_folder(
     paths, labels = flatten(images)
     kept = spread(len(paths), limit)
     paths, labels = [paths[i] for i in kept], [labels[i] for i in kept]
-    boxes, more = read_boxes(root, image_names(root))
+    below = {nfc(os.path.relpath(path, root)) for path in images_below(root, defaultdict(list))}
+    boxes, more = read_boxes(root, below)
     prefix = "" if folder == root else f"{split}/"
     boxes = [boxes.get(nfc(prefix + path), []) for path in paths]
     return Samples(classes, folder, paths, labels, boxes, notes + more)
