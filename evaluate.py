@@ -29,7 +29,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ from support.boxes import (baseline_iou, box_iou, boxes_and_iou, enlarge, larges
 from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
                             say, write_atomic, write_json, write_text)
 from support.pictures.folders import find_images
-from support.report.failures import FAILURES, HIT, failure_groups, failure_kinds
+from support.report.failures import FAILURES, HIT, failure_kinds
 from support.report.figures import (Examples, class_name, draw_curve, draw_failures, draw_gallery,
                                     draw_own, evenly, is_ours, write_png)
 from support.report.outputs import REPORT_FILES, claim, output_names, run_names
@@ -96,7 +95,6 @@ class Evaluation:
     thresholds: list[float]  # ascending: THRESHOLDS and the requested one, or it alone
     gt_class: bool  # whose map `box` and `iou` are: the label's, or the predicted class's
     amp: str  # precision of the forward pass
-    seconds: dict[str, float]  # spent in the forward pass and in boxes and IoU
 
     path: list[str]
     label: np.ndarray  # (n,)
@@ -120,10 +118,7 @@ class Evaluation:
         return np.array([len(boxes) > 0 for boxes in self.boxes])
 
     def at(self, coupling: str, threshold: float) -> tuple[int, int]:
-        """Where `box`, `iou` and `oracle` have a coupling and a threshold."""
-        if threshold not in self.thresholds:
-            raise ValueError(f"threshold: {threshold} was not evaluated: give it to "
-                             "evaluate_model()")
+        """Where `box`, `iou` and `oracle` have a coupling and a threshold, if they were evaluated."""
         return self.couplings.index(coupling), self.thresholds.index(threshold)
 
 
@@ -158,15 +153,13 @@ def evaluate_model(
     batches = [share[i:i + batch_size] for i in range(0, len(share), batch_size)]
     loaded = data.loader(dataset, batches, workers)
     name = getattr(dataset, "name", "images")
-    parts, seconds, training = [], {"forward": 0.0, "boxes": 0.0}, model.training
+    parts, training = [], model.training
     model.eval()
     for _, batch in zip(progress(batches, f"evaluating {name}", rank == 0), loaded):
         # forward pass: the maps of the predicted class and of the label
-        started = now(device)
         labels = batch["label"].to(device)
         classes = torch.stack([torch.full_like(labels, -1), labels], 1)  # (B, 2)
         localization = localize(model, batch["image"], classes, amp)
-        forwarded = now(device)
 
         # the box of every coupling at every threshold, against the annotated boxes
         ground_truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (B, M, 4)
@@ -184,8 +177,6 @@ def evaluate_model(
                 part["class_map"] = localization.class_maps[:, int(gt_class)]
         part = {key: value.cpu().numpy() for key, value in part.items()}
         parts.append(part | {"path": batch["path"], "boxes": batch["boxes"]})
-        seconds["forward"] += forwarded - started
-        seconds["boxes"] += now(device) - forwarded
     model.train(training)
 
     # all processes' batches in data set order
@@ -199,13 +190,7 @@ def evaluate_model(
     columns = {key: np.concatenate(values) if isinstance(values[0], np.ndarray)
                else list(itertools.chain(*values)) for key, values in columns.items()}
     return Evaluation(model.head_type, model.img_size, couplings, thresholds, gt_class, amp,
-                      seconds, **columns)
-
-
-def now(device: str | torch.device) -> float:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+                      **columns)
 
 
 @contextlib.contextmanager
@@ -345,13 +330,14 @@ def examine(
 
 
 def examples_of(
-    model: LCTR, dataset: torch.utils.data.Dataset, indices: Sequence[int],
-    couplings: Sequence[str], threshold: float, gt_class: bool, amp: str,
+    model: LCTR, dataset: torch.utils.data.Dataset, evaluation: Evaluation,
+    indices: Sequence[int], couplings: Sequence[str], threshold: float,
 ) -> Examples:
-    """A few images of a data set, localised again: an Evaluation keeps no maps."""
+    """A few images of a data set, localised again as they were evaluated, for their maps."""
     batch = data.collate([dataset[int(i)] for i in indices])
-    classes = batch["label"] if gt_class else torch.full_like(batch["label"], -1)
-    logits, heat, box = examine(model, batch["image"], classes, couplings, threshold, amp)
+    classes = batch["label"] if evaluation.gt_class else torch.full_like(batch["label"], -1)
+    logits, heat, box = examine(
+        model, batch["image"], classes, couplings, threshold, evaluation.amp)
     ground_truth = to_input(batch["boxes"], batch["view"], model.img_size)  # (n, M, 4)
     iou = box_iou(box[:, :, None], ground_truth[:, None]).amax(-1)
     return Examples(
@@ -364,21 +350,17 @@ def examples_of(
 def report(
     out: str | Path, model: LCTR, dataset: torch.utils.data.Dataset, evaluation: Evaluation,
     metrics: dict, coupling: str, threshold: float, **about: object,
-) -> None:
+) -> dict:
     """Writes predictions.jsonl, gallery.png, curve.png, failures.png and, last, metrics.json.
 
-    They go into the folder `out`. about: what else metrics.json shall say (checkpoint, data,
-    split, frame, where the threshold came from). No curve.png where no image has a box.
+    They go into the folder `out`. The model is in eval mode. about: what else metrics.json shall
+    say (checkpoint, data, split, frame, where the threshold came from). No curve.png where no image
+    has a box. Returns what metrics.json holds.
     """
-    out, training, n = Path(out), model.training, len(evaluation.label)
+    out, n = Path(out), len(evaluation.label)
     out.mkdir(parents=True, exist_ok=True)
-    model.eval()
     lines = (json.dumps(line) + "\n" for line in predictions(evaluation, coupling, threshold))
     write_text(out / "predictions.jsonl", "".join(lines))
-
-    def look(indices: Sequence[int], couplings: Sequence[str]) -> Examples:
-        return examples_of(model, dataset, indices, couplings, threshold, evaluation.gt_class,
-                           evaluation.amp)
 
     # a few images under every coupling
     where = f"{dataset.name} {getattr(dataset, 'split', about.get('split', ''))}".strip()
@@ -388,8 +370,8 @@ def report(
     shown = evenly(n, 8)
     titles = [(coupling_label(evaluation.head, c), PRODUCTS[c]) for c in evaluation.couplings]
     note = f"{len(shown)} of the {n} images of {where}, evenly spread. {boxes}"
-    write_png(out / "gallery.png", draw_gallery(
-        [look(shown, evaluation.couplings)], [titles], dataset.classes, note))
+    examples = examples_of(model, dataset, evaluation, shown, evaluation.couplings, threshold)
+    write_png(out / "gallery.png", draw_gallery([examples], [titles], dataset.classes, note))
 
     # gt_known over thresholds
     if metrics["n_boxes"]:
@@ -399,17 +381,20 @@ def report(
         (out / "curve.png").unlink()
 
     # a few images of each kind of failure
-    per_row, groups = 6, []
-    for title, failed in failure_groups(evaluation, coupling, threshold):
-        title += f": {len(failed)} of {n} images"
-        title += f", {per_row} shown" * (len(failed) > per_row)
-        examples = look(failed[evenly(len(failed), per_row)], [coupling])
-        groups.append((title, examples))
+    kinds, groups = failure_kinds(evaluation, coupling, threshold), []
+    for kind, (name, meaning) in enumerate(FAILURES.items()):
+        failed = np.flatnonzero(kinds == kind)
+        shown = failed[evenly(len(failed), 6)]
+        if len(shown):
+            title = f"{name} ({meaning}): {len(failed)} of {n} images, {len(shown)} shown"
+            examples = examples_of(model, dataset, evaluation, shown, [coupling], threshold)
+            groups.append((title.capitalize(), examples))
     label = coupling_label(evaluation.head, coupling)
     note = f"The {n} images of {where}. Map: {label} = {PRODUCTS[coupling]}. {boxes}"
     write_png(out / "failures.png", draw_failures(groups, dataset.classes, note))
-    write_json(out / "metrics.json", metrics | {"coupling": coupling} | about)
-    model.train(training)
+    metrics = metrics | {"coupling": coupling} | about
+    write_json(out / "metrics.json", metrics)
+    return metrics
 
 
 def predictions(evaluation: Evaluation, coupling: str, threshold: float) -> Iterator[dict]:
@@ -474,9 +459,7 @@ def localise_photographs(subject: "Subject", flags: Namespace) -> int:
                 write_png(file, draw_own(data.open_image(path), view, titles, heat[0], boxes,
                                          caption, text))
             except (ValueError, OSError) as error:
-                reason = getattr(error, "strerror", None) or error
-                about = "" if str(path) in str(reason) else f"{printable(path)}: "
-                print(f"evaluate.py: skipped: {about}{printable(reason)}", file=sys.stderr)
+                print(f"evaluate.py: skipped: {one_line(error, path)}", file=sys.stderr)
                 continue
 
             # the entry of boxes.json
@@ -584,6 +567,8 @@ def choose_data(subjects: Sequence[Subject], flags: Namespace) -> None:
         return
     if flags.data is None:
         raise FlagError(f"--data: missing, {subjects[0].path} names no data set")
+    if flags.data == "synthetic" and flags.root:
+        raise FlagError("--root: the synthetic birds are drawn, not read: leave it out")
     if flags.data != "synthetic" and flags.root is None:
         raise FlagError(f"--root: {flags.data} needs the data set's folder")
     if flags.threshold == "auto" and not data.has_split(flags.data, flags.root, "val"):
@@ -621,88 +606,84 @@ def print_notes(notes: Sequence[str]) -> None:
         say(f"note: {printable(note)}")
 
 
-def with_best_threshold(subject: Subject, flags: Namespace) -> Subject:
-    """The subject with --threshold auto: the best on val."""
-    val_set = load_split(subject, flags, "val")
-    print_notes(val_set.notes)
-    evaluation = evaluate_model(
-        subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
-        workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
-    return subject._replace(threshold=best_threshold(evaluation, subject.coupling),
-                            threshold_from=f"the best gt-known of {len(val_set)} val images")
+def with_threshold(subject: Subject, flags: Namespace) -> Subject:
+    """The subject with a number where its threshold is "auto"; says what is evaluated, and how."""
+    if subject.threshold == "auto":
+        val_set = load_split(subject, flags, "val")
+        print_notes(val_set.notes)
+        evaluation = evaluate_model(
+            subject.model, val_set, batch_size=flags.batch_size, device=flags.device,
+            workers=flags.workers, couplings=[subject.coupling], amp=flags.amp)
+        subject = subject._replace(threshold=best_threshold(evaluation, subject.coupling),
+                                   threshold_from=f"the best gt-known of {len(val_set)} val images")
+    path, model, _, coupling, threshold, source = subject
+    say(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
+        f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}")
+    return subject
 
 
 def evaluate(flags: Namespace) -> int:
-    """Everything that the flags ask for; returns the exit status."""
+    """Everything that the flags request; returns the exit status."""
     # the checkpoints
     subjects = [load(path, flags) for path in flags.checkpoint]
     choose_data(subjects, flags)
+    if flags.images:
+        return localise_photographs(with_threshold(subjects[0], flags), flags)
 
-    # the data, the same for all, and the files to be written
-    names, several = run_names(flags.checkpoint), len(subjects) > 1
-    folders = [flags.out / name if several else flags.out for name in names]
-    if not flags.images:
-        datasets = [load_split(subject, flags, flags.split) for subject in subjects]
-        print_notes([note for dataset in datasets for note in dataset.notes])
-        for subject, dataset in zip(subjects, datasets):
-            if list(dataset.classes) != list(datasets[0].classes):
-                raise ValueError(f"{subject.path}: its classes are not those of {subjects[0].path}")
-        files = [*REPORT_FILES, *["maps.npz"] * flags.save_maps]
-        joint = {flags.out: ["metrics.json", "gallery.png"]} if several else {}
-        claim(joint | {folder: files for folder in folders})
+    # the data, the same for all
+    datasets = [load_split(subject, flags, flags.split) for subject in subjects]
+    print_notes([note for dataset in datasets for note in dataset.notes])
+    for subject, dataset in zip(subjects, datasets):
+        if list(dataset.classes) != list(datasets[0].classes):
+            raise ValueError(f"{subject.path}: its classes are not those of {subjects[0].path}")
+
+    # the files to be written: a folder for each of several checkpoints
+    several = len(subjects) > 1
+    names = run_names(flags.checkpoint) if several else [""]
+    files = [*REPORT_FILES, *["maps.npz"] * flags.save_maps]
+    joint = {flags.out: ["metrics.json", "gallery.png"]} if several else {}
+    claim(joint | {flags.out / name: files for name in names})
 
     all_metrics, examples, titles = [], [], []
-    for i, (subject, name, folder) in enumerate(zip(subjects, names, folders)):
-        # the threshold
-        if flags.threshold == "auto":
-            subject = with_best_threshold(subject, flags)
-        path, model, _, coupling, threshold, source = subject
-        say(f"{path}: {coupling_label(model.head_type, coupling)} ({coupling}), threshold "
-            f"{threshold:g} ({source}), on {flags.device}, amp {flags.amp}")
-        if flags.images:
-            return localise_photographs(subject, flags)
-
+    for subject, dataset, name in zip(subjects, datasets, names):
         # forward pass, boxes, metrics
-        dataset = datasets[i]
+        subject = with_threshold(subject, flags)
+        path, model, _, coupling, threshold, source = subject
         evaluation = evaluate_model(
             model, dataset, batch_size=flags.batch_size, device=flags.device,
             workers=flags.workers, threshold=threshold, gt_class=flags.gt_class,
             keep_maps=flags.save_maps, amp=flags.amp)
-        metrics = summarise(evaluation, threshold) | {"coupling": coupling}
+        metrics = summarise(evaluation, threshold)
 
         # the report
-        about = {"threshold_from": source, "checkpoint": str(path), "data": dataset.name,
-                 "split": flags.split,
-                 "frame": f"centre crop of {flags.crop}" if flags.crop else "whole image"}
-        report(folder, model, dataset, evaluation, metrics, coupling, threshold, **about)
+        frame = f"centre crop of {flags.crop}" if flags.crop else "whole image"
+        metrics = report(
+            flags.out / name, model, dataset, evaluation, metrics, coupling, threshold,
+            threshold_from=source, checkpoint=str(path), data=dataset.name, split=flags.split,
+            frame=frame)
+        all_metrics.append(metrics | {"name": name})
         if flags.save_maps:
-            save_maps(folder / "maps.npz", evaluation)
-        if flags.profile:
-            n = len(dataset)
-            forward, boxes = (1e3 * evaluation.seconds[part] / n for part in ("forward", "boxes"))
-            say(f"{name}: per image {forward:.2f} ms for the forward pass, {boxes:.2f} ms for "
-                f"boxes and IoU: {len(evaluation.couplings)} couplings, "
-                f"{len(evaluation.thresholds)} thresholds, predicted class and label")
-        all_metrics.append(metrics | about | ({"name": name} if several else {}))
+            save_maps(flags.out / name / "maps.npz", evaluation)
+
+        # its part of the gallery of all
         if several:
             shown = [c for c in evaluation.couplings
                      if c in ("cls", "relation", coupling) or model.head_type == "token"]
-            examples.append(examples_of(model, dataset, evenly(len(dataset), 8), shown, threshold,
-                                        flags.gt_class, flags.amp))
             titles.append([(f"{name}: {coupling_label(model.head_type, c)}", PRODUCTS[c])
                            for c in shown])
+            examples.append(examples_of(model, dataset, evaluation, evenly(len(dataset), 8), shown,
+                                        threshold))
 
     # one table, and one gallery, of all
-    first = all_metrics[0]
     if several:
         write_json(flags.out / "metrics.json", dict(zip(names, all_metrics)))
-        own = ", ".join(f"{m['threshold']:g} ({m['name']})" for m in all_metrics)
-        note = (f"{len(examples[0].label)} images of {first['data']} {first['split']}, evenly "
-                f"spread. Boxes at threshold {own} of the min-max normalised map; in white their "
-                "IoU in %.")
+        used = ", ".join(f"{m['threshold']:g} ({m['name']})" for m in all_metrics)
+        note = (f"{len(examples[0].label)} images of {dataset.name} {flags.split}, evenly spread. "
+                f"Boxes at threshold {used} of the min-max normalised map; in white their IoU in "
+                "%.")
         write_png(flags.out / "gallery.png",
-                  draw_gallery(examples, titles, datasets[0].classes, note))
-    say(f"\n{first['data']} {first['split']}, {first['frame']}\n{format_table(all_metrics)}\n\n"
+                  draw_gallery(examples, titles, dataset.classes, note))
+    say(f"\n{dataset.name} {flags.split}, {frame}\n{format_table(all_metrics)}\n\n"
         f"report and pictures in {printable(flags.out)}")
     return 0
 

@@ -530,8 +530,8 @@ def finish(config: dict, val_set, test_set) -> None:
     if process()[0] == 0:
         metrics = evaluate.summarise(results, threshold)
         write_png(out / "loss.png", draw_loss(read_log(out)))
-        evaluate.report(out, model, test_set, results, metrics, coupling, threshold)
-        say(f"\n{evaluate.format_table(metrics, coupling)}\n\nreport and pictures in {out}")
+        metrics = evaluate.report(out, model, test_set, results, metrics, coupling, threshold)
+        say(f"\n{evaluate.format_table([metrics])}\n\nreport and pictures in {out}")
     last = read_weights(out / "last.pt")  # its word decides whether the run is finished
     last["metrics"] = {**last["metrics"], "finished": True}
     write_checkpoint(out / "last.pt", last)

@@ -45,5 +45,7 @@ def main(model_class: type, load_checkpoint: Callable, trace: Callable) -> None:
         for equation, name, symbols, value in trace(model.eval(), images):
             shape, low, high = str(tuple(value.shape)), value.min(), value.max()
             say(f"{equation:6} {name:37} {symbols:17} {shape:19} {low:9.3g} to {high:.3g}")
+    except BrokenPipeError:  # such as by | head: nobody reads on
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"lctr.py: error: {last_line(error)}")

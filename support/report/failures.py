@@ -19,7 +19,10 @@ FAILURES = {
 
 
 def failure_kinds(evaluation, coupling: str, threshold: float) -> np.ndarray:
-    """Why Top-1 localisation fails: (n,) indices into FAILURES, -1 where right or without boxes."""
+    """Why Top-1 localisation fails: (n,) indices into FAILURES.
+
+    -1 where it is right, and where the class is right and no box is annotated.
+    """
     at, view = evaluation.at(coupling, threshold), torch.from_numpy(evaluation.view)
     ground_truth = to_input(evaluation.boxes, view, evaluation.img_size)  # (n, M, 4)
     box = torch.from_numpy(evaluation.box[:, *at])[:, None].double()  # (n, 1, 4)
@@ -29,21 +32,6 @@ def failure_kinds(evaluation, coupling: str, threshold: float) -> np.ndarray:
     in_box = overlap.gather(1, best)[:, 0]
     part = in_box > 0.5 * area(box)[:, 0]
     much = in_box > 0.7 * area(ground_truth).gather(1, best)[:, 0]
-    kinds = np.select([several, part, much], [1, 2, 3], 4)
-    kinds = np.where(evaluation.iou[:, *at] > HIT, -1, kinds)
-    kinds = np.where(evaluation.top5[:, 0] != evaluation.label, 0, kinds)
-    return np.where(evaluation.annotated, kinds, -1)
-
-
-def failure_groups(evaluation, coupling: str, threshold: float) -> list[tuple[str, np.ndarray]]:
-    """(title, images) of each kind of failure that occurs. A wrong class tells its box apart."""
-    has = evaluation.annotated
-    hit = evaluation.iou[:, *evaluation.at(coupling, threshold)] > HIT
-    wrong = evaluation.top5[:, 0] != evaluation.label
-    kinds = failure_kinds(evaluation, coupling, threshold)
-    groups = [("Wrong class, though the box is right (IoU > 50 %)", wrong & has & hit),
-              ("Wrong class, and the box is wrong too", wrong & has & ~hit),
-              ("Wrong class (no annotated box)", wrong & ~has)]
-    groups += [(f"Class right, box wrong, {name} ({meaning})", kinds == kind)
-               for kind, (name, meaning) in enumerate(FAILURES.items()) if kind]
-    return [(title, np.flatnonzero(failed)) for title, failed in groups if failed.any()]
+    wrong_class = evaluation.top5[:, 0] != evaluation.label
+    right = (evaluation.iou[:, *at] > HIT) | ~evaluation.annotated
+    return np.select([wrong_class, right, several, part, much], [0, -1, 1, 2, 3], 4)

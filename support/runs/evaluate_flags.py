@@ -1,7 +1,6 @@
 """The flags of evaluate.py."""
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from support.common import (AMP, Parser, choose_amp, img_size_flag, number, open
                             threshold_flag)
 
 # flags that do nothing with --images, and those that then serve --threshold auto alone
-WITH_IMAGES_UNUSED = ("split", "gt_class", "save_maps", "profile")
+WITH_IMAGES_UNUSED = ("split", "gt_class", "save_maps")
 FOR_AUTO_THRESHOLD = ("data", "root", "limit_test", "workers")
 
 
@@ -58,8 +57,6 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
                        help="folder of the results (default: evaluate/ beside the checkpoint; with "
                        "--images images/, ./images for a downloaded one)")
     group.add_argument("--save-maps", action="store_true", help="also write every map, to maps.npz")
-    group.add_argument("--profile", action="store_true",
-                       help="print the time of the forward pass and of scoring")
     flags = parser.parse_args(argv)
     check_flags(flags, parser)
     return flags
@@ -67,21 +64,16 @@ def parse_flags(argv: Sequence[str] | None, description: str, datasets, coupling
 
 def check_flags(flags: Namespace, parser: Parser) -> None:
     """What can be checked without a file; the defaults that depend on others; the device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)  # the first process says why
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("torchrun: one process evaluates, so start it with python evaluate.py")
     unused = WITH_IMAGES_UNUSED + FOR_AUTO_THRESHOLD * (flags.threshold != "auto")
     for name in unused if flags.images else ():
         if getattr(flags, name) not in (None, False):
             parser.error(f"--{name.replace('_', '-')}: does nothing with --images")
-    for name in ("checkpoint", "images"):
-        if "" in (getattr(flags, name) or ()):
-            parser.error(f"--{name}: got an empty name, need a file")
+    if "" in [*flags.checkpoint, *(flags.images or ())]:
+        parser.error("--checkpoint, --images: got an empty name")
     if flags.images and len(flags.checkpoint) > 1:
         parser.error("--images: takes one --checkpoint")
-    if flags.data == "synthetic" and flags.root:
-        parser.error("--root: the synthetic birds are drawn, not read: leave it out")
     first = Path(flags.checkpoint[0])
     beside = first.parent if os.path.exists(first) or not flags.images else Path()
     flags.out = flags.out or beside / ("images" if flags.images else "evaluate")
