@@ -153,20 +153,14 @@ def exif_bytes(orientation, tag, kind, value, orientation_kind=3):
 
 ODD_EXIF = {  # EXIF, and whether its orientation 6 counts
     "-1/0": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -1, 0)), True),
-    "1/0": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", 1, 0)), True),
     "0/0": (exif_bytes(6, 0x011A, 5, bytes(8)), True),
-    "-2147483648/1": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -2**31, 1)), True),
-    "a resolution of letters": (exif_bytes(6, 0x011A, 2, b"abcdefgh"), True),
     "a resolution that is NaN": (exif_bytes(6, 0x011A, 12, b"\xff" * 8), True),
-    "a date that is a number": (exif_bytes(6, 0x0132, 5, struct.pack("<ii", 1, 2)), True),
-    "an artist that is a ratio": (exif_bytes(6, 0x013E, 10, struct.pack("<ii", -1, 0)), True),
     "an exposure of -1/0": (exif_bytes(6, 0x829A, 10, struct.pack("<ii", -1, 0)), True),
     "a GPS block that lies nowhere": (exif_bytes(6, 0x8825, 4, bytes(8)), True),
     "a tag of an unknown type": (exif_bytes(6, 0x9999, 77, bytes(8)), True),
     "an orientation of four bytes": (exif_bytes(6, 0x011A, 5, bytes(8), 4), True),
     "orientation 0": (exif_bytes(0, 0x011A, 5, bytes(8)), False),
     "orientation 9": (exif_bytes(9, 0x011A, 5, bytes(8)), False),
-    "orientation 65535": (exif_bytes(65535, 0x011A, 5, bytes(8)), False),
     "an orientation of letters": (exif_bytes(6, 0x011A, 5, bytes(8), 2), False),
     "cut": (exif_bytes(6, 0x011A, 10, struct.pack("<ii", -1, 0))[:20], False),
     "no EXIF inside": (b"Exif\0\0" + b"x" * 40, False),
@@ -293,12 +287,3 @@ def test_folders_give_the_same_pictures_to_evaluate_as_to_training(tmp_path):
     assert list(map(str, paths[-2:])) == given[1:]  # as they are given
     assert sorted(note.split(" (")[0] for note in notes) == sorted([
         f"3 {folders.HIDDEN}", f"7 {folders.UNREADABLE}", f"1 {folders.DANGLING}"])
-
-
-def test_links_between_folders_end(tmp_path):
-    for one, other in ("ab", "ba"):
-        picture(tmp_path / one / f"{one}.jpg")
-        (tmp_path / one / "link").symlink_to(tmp_path / other)
-    paths, _ = folders.find_images([str(tmp_path)])
-    assert [os.path.relpath(path, tmp_path) for path in paths] == [
-        "a/a.jpg", "a/link/b.jpg", "b/b.jpg", "b/link/a.jpg"]

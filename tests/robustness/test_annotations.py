@@ -71,9 +71,7 @@ def one_picture(root, image, orientation, text, encoding="utf-8"):
 FRAMES = {  # stored size, EXIF's orientation, <size>, box, the right box or the error, the note
     "as stated": ((60, 40), 1, size_xml(60, 40), BOX, BOX, None),
     "upright": ((60, 40), 6, size_xml(40, 60), BOX, BOX, None),
-    "stored, 5": ((60, 40), 5, size_xml(60, 40), BOX, (10, 5, 35, 25), None),
     "stored, 6": ((60, 40), 6, size_xml(60, 40), BOX, (5, 5, 30, 25), None),
-    "stored, 7": ((60, 40), 7, size_xml(60, 40), BOX, (5, 35, 30, 55), None),
     "stored, 8": ((60, 40), 8, size_xml(60, 40), BOX, (10, 35, 35, 55), None),
     "turned by half": ((60, 40), 3, size_xml(60, 40), BOX, BOX, "turned or mirrored by EXIF"),
     "a square": ((40, 40), 6, size_xml(40, 40), BOX, BOX, "turned or mirrored by EXIF"),
@@ -378,18 +376,12 @@ FAULTS = {  # what is done to a folder, the split that is loaded, words of the e
         "test", ["no images for split 'test'", f"1 {folders.UNREADABLE}", "1.heic"]),
     "no test": (remove("test"), "test", ["test: no such folder", LAYOUT]),
     "no train": (remove("train"), "train", ["train: no such folder", LAYOUT]),
-    "no train, for its classes": (remove("train"), "test", ["train: no such folder", LAYOUT]),
-    "test is named otherwise": (
-        rename("test", "testing"), "test", ["test: no such folder", LAYOUT]),
     "test is val": (rename("test", "val"), "test", ["test: no such folder", "train, val", LAYOUT]),
     "capitals": (both(rename("train", "Train"), rename("test", "Test")), "train",
                  ["no images in its folders", LAYOUT]),
     "nothing": (remove("train", "test"), "train", ["no class folders", LAYOUT]),
     "pictures alone": (both(remove("train", "test"), lambda root: picture(root / "1.jpg")),
                        "train", ["no class folders", LAYOUT]),
-    "splits without classes": (
-        both(remove("train", "test"), lambda root: picture(root / "train/1.jpg"),
-             lambda root: picture(root / "test/2.jpg")), "train", ["no class folders", LAYOUT]),
     "a level too high": (lambda root: shutil.move(root, root.parent / "x") and shutil.move(
         root.parent / "x", root / "pets"), "train", ["no images in its folders", LAYOUT]),
     "train is empty": (both(remove("train"), lambda root: (root / "train").mkdir()), "train",
@@ -454,30 +446,24 @@ def test_other_files_name_pictures_and_classes_in_either_form_of_unicode(tmp_pat
 # ---------------------------------------------------------------- plain class folders
 
 
-@pytest.fixture
-def plain(tmp_path):
-    """A function that makes class folders alone with that many pictures each."""
-
-    def make(*counts, name="{}.png", folder="class {}"):
-        for label, count in enumerate(counts):
-            for i in range(count):
-                picture(tmp_path / "plain" / folder.format(label) / name.format(i), (6, 4))
-        return tmp_path / "plain"
-
-    return make
+def plain(root, *counts, name="{}.png"):
+    """Class folders alone with that many pictures each."""
+    for label, count in enumerate(counts):
+        for i in range(count):
+            picture(root / f"class {label}" / name.format(i), (6, 4))
+    return root
 
 
 def names_of(dataset):
     return [os.fsdecode(path) for path in dataset.paths]
 
 
-def test_plain_class_folders_are_split_by_name(plain):
-    root = plain(150, 90, 60, name="image {}.png")
+def test_plain_class_folders_are_split_by_name(tmp_path):
+    root = plain(tmp_path / "plain", 150, 90, 60, name="image {}.png")
     splits = {split: load("folder", root, split) for split in ("train", "val", "test")}
     counts = {split: len(dataset) for split, dataset in splits.items()}
     assert sum(counts.values()) == 300
     assert abs(counts["train"] - 240) < 25 and abs(counts["val"] - 30) < 20
-    assert len({name for dataset in splits.values() for name in names_of(dataset)}) == 300
     note = (f"{root} has no train/ and test/: the images of its 3 classes are split 80 / 10 / 10 "
             "by a hash of their names, at least one each to train, into "
             f"{counts['train']} train, {counts['val']} val, {counts['test']} test")
@@ -490,18 +476,10 @@ def test_plain_class_folders_are_split_by_name(plain):
     assert data.has_split("folder", root, "val")
 
 
-def test_a_new_picture_moves_no_other(plain):
-    before = {split: set(names_of(load("folder", plain(60, 40), split)))
-              for split in ("train", "val", "test")}
-    after = {split: set(names_of(load("folder", plain(80, 70, 50), split)))
-             for split in ("train", "val", "test")}
-    assert all(before[split] <= after[split] for split in before)
-
-
 @pytest.mark.parametrize("counts", [(1, 1), (1, 5), (2, 2), (3, 1), (9, 2), (1,) * 40])
 @pytest.mark.parametrize("name", ["{}.png", "1-{}.png", "2-{}.png"])
-def test_few_pictures_leave_some_to_train_on_and_to_test(plain, counts, name):
-    root = plain(*counts, name=name)
+def test_few_pictures_leave_some_to_train_on_and_to_test(tmp_path, counts, name):
+    root = plain(tmp_path / "plain", *counts, name=name)
     assert set(load("folder", root, "train").labels) == set(range(len(counts)))
     if max(counts) > 1:
         assert len(load("folder", root)) > 0
@@ -513,16 +491,16 @@ def test_few_pictures_leave_some_to_train_on_and_to_test(plain, counts, name):
 
 
 @pytest.mark.parametrize("name", ["train", "val", "test"])
-def test_a_class_may_be_named_like_a_split(plain, name):
-    root = plain(20, 20)
+def test_a_class_may_be_named_like_a_split(tmp_path, name):
+    root = plain(tmp_path / "plain", 20, 20)
     (root / "class 1").rename(root / name)
     dataset = load("folder", root, "train")
     assert dataset.classes == ["class 0", name] and "has no train/ and test/" in dataset.notes[0]
     assert len(dataset) + len(load("folder", root, "val")) + len(load("folder", root)) == 40
 
 
-def test_plain_class_folders_with_boxes_and_a_checkpoints_classes(plain):
-    root = plain(30, 30)
+def test_plain_class_folders_with_boxes_and_a_checkpoints_classes(tmp_path):
+    root = plain(tmp_path / "plain", 30, 30)
     (name, *_), (other, *_) = (names_of(load("folder", root, s)) for s in ("test", "train"))
     (root / "boxes.csv").write_text(f"{name},1,1,5,3\n{root}/{other},1,1,5,3\ngone.png,1,2,3,4\n")
     dataset = load("folder", root)
@@ -533,8 +511,8 @@ def test_plain_class_folders_with_boxes_and_a_checkpoints_classes(plain):
     error_of(lambda: load("folder", root, classes=["class 0"]), root / "class 1")
 
 
-def test_runs_of_train_beside_class_folders_are_no_classes(plain):
-    root = plain(30, 30)
+def test_runs_of_train_beside_class_folders_are_no_classes(tmp_path):
+    root = plain(tmp_path / "plain", 30, 30)
     before = names_of(load("folder", root))
     picture(root / "runs/folder-cdm-seed0/gallery.png")  # of train.py, started in this folder
     picture(root / "first/gallery.png")  # and with --out
@@ -563,14 +541,9 @@ def test_a_scored_picture_cut_in_half_shows_at_once(cats, split, augment, suffix
     error_of(lambda: load("folder", cats, split, augment=augment), path, "cannot be read")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_picture_with_a_line_break_in_its_name_is_one_line(cats, workers):
+def test_a_broken_picture_with_a_line_break_in_its_name_is_one_line(cats):
     touch(cats / "test/dog/a\nb.jpg", b"")
-    name = f"{cats}/test/dog/a\\nb.jpg"
-    error_of(lambda: load("folder", cats), name, "cannot be read")
-    (cats / "test/dog/a\nb.jpg").rename(cats / "train/dog/a\nb.jpg")
-    batches = data.loader(load("folder", cats, "train"), [[0, 1, 2, 3]], workers)
-    error_of(lambda: list(batches), name.replace("/test/", "/train/"), "cannot be read")
+    error_of(lambda: load("folder", cats), f"{cats}/test/dog/a\\nb.jpg", "cannot be read")
 
 
 @pytest.mark.parametrize("cores", [1, 3])
