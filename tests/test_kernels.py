@@ -5,7 +5,6 @@ the bound that follows from the arithmetic. Then gradients, strides, addresses, 
 torch.compile, dispatch and errors.
 """
 
-import collections
 import contextlib
 import functools
 import itertools
@@ -26,9 +25,9 @@ from kernel_properties import (
     ATTENTIONS, CONVOLUTIONS, DEIT_SMALL, DRAWN, DTYPES, LAYOUTS, PROPERTIES, AttentionCase,
     ConvCase, attention_inputs, check_aggregate_attention, check_attention, check_class_ids,
     check_class_maps, check_class_row, check_dynamic_conv2d, check_dynamic_conv_logits, in_bounds,
-    laid_out, place, unit, with_gradients,
+    laid_out, unit, with_gradients,
 )
-from kernels import cdm, reference, rpam
+from kernels import cdm, checks, reference, rpam
 
 # --------------------------------------------------------------------------------------- properties
 
@@ -116,14 +115,6 @@ def test_deit_small_in_the_interpreter(check):
     check(kernels, DEIT_SMALL[PROPERTIES[check]]._replace(B=1, dtype=torch.bfloat16))
 
 
-def test_tensors_keep_their_strides_on_another_device():
-    for layout in LAYOUTS:
-        tensor = laid_out(torch.rand(2, 3, 4, 5)[:, 1:], layout)
-        placed = place(tensor, "meta")
-        assert placed.device.type == "meta" and placed.shape == tensor.shape
-        assert placed.stride() == tensor.stride(), layout
-
-
 @pytest.mark.full
 def test_what_a_gpu_runs_on_a_cpu(capsys):
     kernel_properties.main(examples=1, processes=1)
@@ -170,35 +161,21 @@ def as_list(outputs) -> list[torch.Tensor]:
 
 
 def gradients(outputs, inputs) -> tuple[torch.Tensor, ...]:
-    """Under an upstream of ones, for all inputs that require one."""
+    """Under an upstream from -1 to 1, for all inputs that require one."""
     outputs, leaves = as_list(outputs), [t for t in inputs if t.requires_grad]
-    return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+    upstream = [torch.linspace(-1, 1, o.numel()).view(o.shape).to(o) for o in outputs]
+    return torch.autograd.grad(outputs, leaves, upstream)
 
 
 @each_backend
 @each_operator
-def test_each_subset_of_the_gradients(name, backend):
-    """Those of some inputs do not depend on which others are wanted. float32, a few dozen terms."""
-    inputs = arguments(name)
-    differentiable = [i for i, t in enumerate(inputs) if t.is_floating_point()]
-    subsets = itertools.chain.from_iterable(
-        itertools.combinations(differentiable, n) for n in range(1, len(differentiable) + 1))
-    for wanted in subsets:
-        def run(functions, convert, **options):
-            leaves = [convert(t.detach()) if i in differentiable else t
-                      for i, t in enumerate(inputs)]
-            for i in wanted:
-                leaves[i].requires_grad_()
-            outputs = [o for o in as_list(getattr(functions, name)(*leaves, **options))
-                       if o.requires_grad]
-            upstream = [torch.linspace(-1, 1, o.numel()).view(o.shape).to(o) for o in outputs]
-            return torch.autograd.grad(outputs, [leaves[i] for i in wanted], upstream,
-                                       allow_unused=True)
-
-        exact = run(reference, torch.Tensor.double)
-        found = run(kernels, torch.Tensor.clone, backend=backend)
-        for i, a, e in zip(wanted, found, exact, strict=True):
-            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5, msg=f"{wanted}: {i}")
+def test_gradients_are_those_of_the_equations(name, backend):
+    """In float32, a few dozen terms. The properties above draw which inputs need a gradient."""
+    inputs, exact_inputs = arguments(name), arguments(name, dtype=torch.float64)
+    found = gradients(getattr(kernels, name)(*inputs, backend=backend), inputs)
+    exact = gradients(getattr(reference, name)(*exact_inputs), exact_inputs)
+    for actual, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @each_operator
@@ -384,7 +361,7 @@ def test_upstream_gradients_may_have_any_strides():
     (torch.float32, 64, "sliced", True), (torch.float32, 64, "shifted", True),
 ])
 def test_rows_off_16_bytes_are_copied_before_torchs_attention_on_cuda(
-        dtype, d, layout, copied, monkeypatch):
+        dtype, d, layout, copied, monkeypatch, compile_whole):
     """Which has no kernel for them. Its own process has no GPU: these tensors only say so."""
     class OnCuda(torch.Tensor):
         is_cuda = True
@@ -398,6 +375,7 @@ def test_rows_off_16_bytes_are_copied_before_torchs_attention_on_cuda(
     kernels.attention(*(t.as_subclass(OnCuda) for t in qkv), backend="torch")
     for before, after in zip(qkv, given, strict=True):
         assert torch.equal(before, after)
+        assert torch.equal(compile_whole(checks.aligned)(before), before)
         assert (before.data_ptr() != after.data_ptr()) == copied
         starts = [start * after.itemsize for start in (*after.stride()[:3], after.storage_offset())]
         # rows that are no multiple of 16 bytes are torch's slow kernel's
@@ -560,23 +538,6 @@ def test_launch_checks_the_grid_and_enters_the_tensors_device(monkeypatch):
     for grid, axis in (((2**31,), "x"), ((1, 65536), "y"), ((1, 1, 65536), "z")):
         refused(ValueError, ["some_kernel", str(max(grid)), f"{axis} axis"], launch, kernel, grid,
                 tensor)
-
-
-def test_the_batch_is_on_the_grids_first_axis(monkeypatch):
-    """The one that may be long: the other axes stay the same for a batch of 1 and of 3."""
-    grids = collections.defaultdict(list)
-    for module in (cdm, rpam):
-        monkeypatch.setattr(
-            module, "launch", lambda kernel, grid, *_, **__: grids[kernel.__name__].append(grid))
-    for name, B in itertools.product(OPERATORS, (1, 3)):
-        inputs = arguments(name, B)
-        function = functools.partial(getattr(kernels, name), backend="triton")
-        gradients(function(*inputs), inputs)
-        function(*detached(inputs), **{"relation": True} if name == "attention" else {})
-    assert len(grids) >= 8
-    for name, launched in grids.items():
-        one, three = launched[0], launched[-1]
-        assert three == (3 * one[0], *one[1:]), name
 
 
 # ------------------------------------------------------------------------------------------- errors

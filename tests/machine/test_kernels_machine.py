@@ -1,5 +1,7 @@
 """How the interpreter rounds bfloat16, and the code that compilers make of the Triton kernels."""
 
+import collections
+import itertools
 import json
 import os
 import subprocess
@@ -7,10 +9,10 @@ import sys
 
 import pytest
 import torch
+from helpers import ROOT
 
 pytest.importorskip("triton")
 
-import kernels
 from kernels import benchmark, cdm, interpreter, rpam
 from kernels.benchmark import Shape
 
@@ -39,77 +41,61 @@ def test_bfloat16_in_the_interpreter_rounds_as_torch_does():
 # ---------------------------------------------------------------------------------------- compilers
 
 
-def start(*flags: str) -> subprocess.Popen:
-    """The benchmark in a process of its own: the interpreter replaces the compiler in this one."""
+def run_benchmark(*flags: str) -> subprocess.CompletedProcess:
+    """In a process of its own: the interpreter replaces the compiler in this one."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.benchmark", *flags]
-    root = os.path.dirname(os.path.dirname(kernels.__file__))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=root, env=environment, text=True, **pipes)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
-    """A row for each kernel, shape, dtype and target."""
-    file = tmp_path_factory.mktemp("compiled") / "rows.json"
-    process = start("--compile", ",".join(benchmark.SHARED_MEMORY), "--json", str(file))
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return json.loads(file.read_text())
+    return subprocess.run([sys.executable, "-m", "kernels.benchmark", *flags], cwd=ROOT,
+                          env=environment, text=True, capture_output=True)
 
 
 @pytest.mark.full
-def test_every_kernel_compiles_for_every_dtype_and_target(compiled):
-    names = rpam.BLOCKS.keys() | cdm.BLOCKS.keys()
-    for target in benchmark.SHARED_MEMORY:
-        for dtype in ("float32", "float16", "bfloat16"):
-            found = {r["kernel"] for r in compiled if (r["target"], r["dtype"]) == (target, dtype)}
-            # one pass holds whole rows of A, for which 32-bit inputs leave no room: two passes
-            assert found == names - ({"one_pass_kernel"} if dtype == "float32" else set())
-    fields = {"kernel", "config", "dtype", "target", "registers", "spills", "shared",
-              "tensor_core", "load_bytes"}
-    assert all(row.keys() == fields for row in compiled)
-
-
-@pytest.mark.full
-def test_compiled_kernels_fit_and_use_the_tensor_cores(compiled):
-    """Without spills. On NVIDIA loads move 16 bytes where rows are aligned: those of A, of 197 or
-    785 elements, are not."""
-    for row in compiled:
+def test_compiled_kernels_fit_and_use_the_tensor_cores(tmp_path):
+    """Every kernel for every dtype and target, without spills. On NVIDIA loads move 16 bytes where
+    rows are aligned: those of A, of 197 or 785 elements, are not."""
+    file, targets = tmp_path / "rows.json", benchmark.SHARED_MEMORY
+    ended = run_benchmark("--compile", ",".join(targets), "--json", str(file))
+    assert ended.returncode == 0, ended.stderr
+    kernels_of = collections.defaultdict(set)
+    for row in json.loads(file.read_text()):
+        kernels_of[row["target"], row["dtype"]].add(row["kernel"])
         assert row["spills"] == 0, row
-        assert row["shared"] <= benchmark.SHARED_MEMORY[row["target"]], row
+        assert row["shared"] <= targets[row["target"]], row
         elementwise = row["kernel"].startswith(("aggregate", "class_row"))
         assert (row["tensor_core"] > 0) == (not elementwise), row
         odd_rows = any(f"stride_i={T}" in row["config"] for T in (197, 785))
         if row["target"].startswith("sm_") and not odd_rows:
             assert row["load_bytes"] == 16, row
 
+    names = rpam.BLOCKS.keys() | cdm.BLOCKS.keys()
+    for target, dtype in itertools.product(targets, ("float32", "float16", "bfloat16")):
+        # one pass holds whole rows of A, for which 32-bit inputs leave no room: two passes
+        left_out = {"one_pass_kernel"} if dtype == "float32" else set()
+        assert kernels_of[target, dtype] == names - left_out
+
 
 def test_times_table(monkeypatch):
-    """What a GPU runs, on a CPU: each call once, and what its row is made of."""
-    def milliseconds(function):
-        calls.append(function)
-        if len(calls) > 2:  # not the copy and the product that scale the roofline: large
-            function()
-        return len(calls)
+    """What a GPU runs, on a CPU, where everything takes 2 ms: bytes moved, share of the roofline."""
+    timed = []
 
-    calls = []
+    def milliseconds(function):
+        timed.append(function)
+        if len(timed) > 2:  # not the copy and the product that scale the roofline: large
+            function()
+        return 2.0
+
     monkeypatch.setattr(benchmark, "milliseconds", milliseconds)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     shape = Shape(B=1, S=1, d=16, h=2, w=3, D=16, C=3, G=2)
     rows = list(benchmark.times(shape, torch.bfloat16, "cpu"))
     made = benchmark.calls(shape, torch.bfloat16)
-    assert len(calls) == 2 + 3 * len(rows) and [row["call"] for row in rows] == list(made)
-    qkv, out, maps = 3 * 7 * 16 * 2, 7 * 16 * 2, (7 + 6) * 4  # bytes; the training row's M^c: 7 * 4
-    moved = {0: 3 * qkv + 2 * (out + 7 * 4), 1: qkv + out + maps}
-    for i, row in enumerate(rows):
-        times = [row[f"{backend}_ms"] for backend in ("triton", "torch", "compile")]
-        assert times == [3 * i + 3, 3 * i + 4, 3 * i + 5]
-        rate = moved.get(i, row["gb_per_s"] * times[0] * 1e6)
-        work = made[row["call"]].operations
-        floor = max(rate / (2 * 2**28), 2 * work / (2 * 8192**3))  # ms: copies took 1, matmul 2
-        assert row["gb_per_s"] == pytest.approx(rate / times[0] / 1e6)
-        assert row["roofline"] == pytest.approx(floor / times[0])
+    assert [row["call"] for row in rows] == list(made)
+
+    qkv, out, cls_attn, relation = 3 * 7 * 16 * 2, 7 * 16 * 2, 7 * 4, 6 * 4  # bytes
+    training, localisation = 3 * qkv + 2 * (out + cls_attn), qkv + out + cls_attn + relation
+    for row, moved in zip(rows, (training, localisation)):
+        assert row["gb_per_s"] == pytest.approx(moved / 2e6)
+        operations = made[row["call"]].operations
+        assert row["roofline"] == pytest.approx(max(moved / 2**29, operations / (2 * 8192**3)))
 
 
 @pytest.mark.parametrize("eager", [0.1, 5.0])
@@ -123,9 +109,8 @@ def test_short_calls_are_timed_in_a_cuda_graph(eager, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_benchmark_says_what_it_lacks():
-    process = start()
-    output, errors = process.communicate()
-    assert (process.returncode, output) == (1, "")
-    assert errors.startswith("benchmark: error: no GPU") and errors.count("\n") == 1
-    process = start("--compile", "sm_1")
-    assert "--compile: got 'sm_1'" in process.communicate()[1] and process.returncode == 2
+    ended = run_benchmark()
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.startswith("benchmark: error: no GPU") and ended.stderr.count("\n") == 1
+    ended = run_benchmark("--compile", "sm_1")
+    assert ended.returncode == 2 and "--compile: got 'sm_1'" in ended.stderr
