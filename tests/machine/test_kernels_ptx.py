@@ -5,10 +5,6 @@ equations in float64: kernel_properties.py's properties, forward and backward.
     pytest tests/machine/test_kernels_ptx.py -m full    # drawn ones, and DeiT-S's: minutes
 """
 
-import itertools
-import pathlib
-import re
-
 import pytest
 import torch
 
@@ -75,30 +71,3 @@ def test_float32_is_float32_unless_torch_may_take_tf32(check, case, sm):
     torch.set_float32_matmul_precision("high")  # conftest resets it
     with pytest.raises(AssertionError, match="off by"):
         run(check, case, sm)
-
-
-@full
-def test_every_instruction_that_kernels_use_has_a_program_of_its_own():
-    """In test_ptx.py, written by hand."""
-    written = (pathlib.Path(__file__).parent / "test_ptx.py").read_text()
-    kinds = re.search(r"KINDS = {(.*)}", written)[1]
-    used = set()
-
-    def collect(code):
-        used.update(".".join(step.parts) for step in ptx.parse(code, 0, 1).code)
-        return code
-
-    for sm, dtype, check in itertools.product((80, 90), DTYPES, PROPERTIES):
-        for case in SMALL[PROPERTIES[check]]:
-            with ptx.emulated(sm, collect):
-                check(kernels, case._replace(dtype=dtype))
-
-    def tested(name: str) -> bool:
-        tile = re.search(r"mma.*\.(m16n8|m64n\d+)k(16|8)\.", name)
-        if tile:  # there for each kind of number and each way to hold the operands
-            return f'"{name.split(".")[-2]}"' in kinds
-        counted = re.sub(r"\.x[14]\b", ".x{count}", name)
-        either = re.sub(r"\.x[14](\.trans)?\b", ".x{count}{trans}", name)
-        return any(form in written for form in (name, counted, either))
-
-    assert len(used) > 80 and not [name for name in sorted(used) if not tested(name)]
