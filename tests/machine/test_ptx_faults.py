@@ -137,7 +137,7 @@ def rows(name: str, dtype: str, sm: int) -> list[dict]:
     return list(found.values())
 
 
-IN_DEFAULT_RUN = ("conv", "bfloat16", 90)
+IN_DEFAULT_RUN = ("class maps", "bfloat16", 90)
 
 
 @pytest.mark.parametrize("name, dtype, sm", [
