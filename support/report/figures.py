@@ -6,7 +6,9 @@ return a PIL image; write_png marks a file as this project's, is_ours reads the 
 """
 
 import functools
+import itertools
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -74,15 +76,8 @@ def fit_text(text: str, size: int, width: float) -> str:
 
 
 def wrap_text(text: str, size: int, width: float) -> list[str]:
-    """The text's words in lines of at most `width` pixels; a longer word is shortened."""
-    lines = []
-    for word in text.split():
-        joined = f"{lines[-1]} {word}" if lines else word
-        if lines and fit_text(joined, size, width) == joined:
-            lines[-1] = joined
-        else:
-            lines.append(fit_text(word, size, width))
-    return lines
+    """The text in lines of about `width` pixels."""
+    return [fit_text(line, size, width) for line in textwrap.wrap(text, int(1.95 * width / size))]
 
 
 def put(draw, position, text: str, size: int, colour=INK, anchor: str | None = None, **options):
@@ -109,11 +104,9 @@ def overlay(picture: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def draw_box(draw: ImageDraw.ImageDraw, box: Iterable[float], colour: tuple, width: int) -> None:
-    """A half-open box, drawn on its inside with a dark seam."""
+    """A half-open box, drawn on its inside between two dark seams."""
     x0, y0, x1, y1 = (round(float(v)) for v in box)
-    if x1 - x0 > 2 * width and y1 - y0 > 2 * width:
-        draw.rectangle((x0 - 1, y0 - 1, x1, y1), outline=INK)
-        draw.rectangle((x0 + width, y0 + width, x1 - 1 - width, y1 - 1 - width), outline=INK)
+    draw.rectangle((x0 - 1, y0 - 1, max(x1, x0), max(y1, y0)), outline=INK, width=width + 2)
     draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=width)
 
 
@@ -138,43 +131,50 @@ def draw_sheet(
     """Rows of panels below a legend and a note.
 
     columns: a title and a smaller one above each panel of the first row, or none. rows: a title, or
-    "", and (panel, caption, the caption's colour) from left to right. A caption runs on below the
-    panels to the right that have none. cell: the width that a panel is centred in.
+    "", and the row's panels (see draw_row). cell: the width that a panel is centred in.
     """
     step = cell + MARGIN
-    width = max(MARGIN + step * max(len(panels) for _, panels in rows), 540)
-    notes = wrap_text(note, 14, width - 2 * MARGIN)
-    titles = [wrap_text(title, 15, width - 2 * MARGIN) for title, _ in rows]
-    top = 40 + LINE * len(notes) + 36 * bool(columns)
-    heights = [max((panel.height for panel, *_ in panels), default=0) for _, panels in rows]
-    drops = [LINE * len(lines) + 12 * bool(lines) + (height + 30) * bool(height)
-             for lines, height in zip(titles, heights)]
-    sheet = Image.new("RGB", (width, top + sum(drops)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw_legend(sheet, annotated)
-    for i, line in enumerate(notes):
+    width = max(MARGIN + step * max((len(panels) for _, panels in rows), default=0), 540)
+    lines = wrap_text(note, 14, width - 2 * MARGIN)
+    head = Image.new("RGB", (width, 40 + LINE * len(lines) + 36 * bool(columns)), PAPER)
+    draw = ImageDraw.Draw(head)
+    draw_legend(head, annotated)
+    for i, line in enumerate(lines):
         put(draw, (MARGIN, 32 + LINE * i), line, 14, GREY)
     for c, (title, product) in enumerate(columns):
         middle = MARGIN + step * c + cell / 2
-        put(draw, (middle, top - 24), fit_text(title, 15, cell), 15, INK, "ms")
-        put(draw, (middle, top - 7), fit_text(product, 12, cell), 12, GREY, "ms")
+        put(draw, (middle, head.height - 24), fit_text(title, 15, cell), 15, INK, "ms")
+        put(draw, (middle, head.height - 7), fit_text(product, 12, cell), 12, GREY, "ms")
 
-    for lines, (_, panels), height, drop in zip(titles, rows, heights, drops):
-        y = top
-        if lines:
-            draw.line((MARGIN, y, width - MARGIN, y), GRID)
-        for line in lines:
-            put(draw, (MARGIN, y + 6), line, 15)
-            y += LINE
-        y += 12 * bool(lines)
-        for c, (panel, caption, colour) in enumerate(panels):
-            x = MARGIN + step * c
-            sheet.paste(panel, (x + (cell - panel.width) // 2, y + (height - panel.height) // 2))
-            following = [i for i, (_, text, _) in enumerate(panels) if text and i > c]
-            room = (following[0] - c) * step - MARGIN if following else width - MARGIN - x
-            put(draw, (x, y + height + 4), fit_text(caption, 13, room), 13, colour)
-        top += drop
+    strips = [head, *(draw_row(title, panels, cell, width) for title, panels in rows)]
+    sheet = Image.new("RGB", (width, sum(strip.height for strip in strips)), PAPER)
+    y = 0
+    for strip in strips:
+        sheet.paste(strip, (0, y))
+        y += strip.height
     return sheet
+
+
+def draw_row(title: str, panels: Sequence[tuple], cell: int, width: int) -> Image.Image:
+    """A title, if any, above panels from left to right: (panel, caption, the caption's colour).
+
+    A caption runs on below the panels to the right that have none.
+    """
+    lines = wrap_text(title, 15, width - 2 * MARGIN)
+    drop, height = LINE * len(lines) + 12 * bool(lines), max(panel.height for panel, *_ in panels)
+    row = Image.new("RGB", (width, drop + height + 30), PAPER)
+    draw = ImageDraw.Draw(row)
+    if lines:
+        draw.line((MARGIN, 0, width - MARGIN, 0), GRID)
+    for i, line in enumerate(lines):
+        put(draw, (MARGIN, 6 + LINE * i), line, 15)
+    for c, (panel, caption, colour) in enumerate(panels):
+        x = MARGIN + (cell + MARGIN) * c
+        row.paste(panel, (x + (cell - panel.width) // 2, drop + (height - panel.height) // 2))
+        without = itertools.takewhile(lambda panel: not panel[1], panels[c + 1:])
+        room = cell + (cell + MARGIN) * len(list(without))
+        put(draw, (x, drop + height + 4), fit_text(caption, 13, room), 13, colour)
+    return row
 
 
 # ---------------------------------------------------------------- gallery and failures
@@ -234,9 +234,8 @@ def draw_gallery(
     for i, label in enumerate(first.label):
         panels = [(draw_panel(first, i, None), class_name(classes, label), INK)]
         for model, names in zip(examples, titles):
-            right = model.predicted[i] == label
             caption = f"taken for {class_name(classes, model.predicted[i])}"
-            caption, colour = ("class right", GREY) if right else (caption, INK)
+            colour = GREY if model.predicted[i] == label else INK
             panels += [(draw_panel(model, i, q), caption * (q == 0), colour)
                        for q in range(len(names))]
         rows.append(("", panels))
@@ -257,7 +256,7 @@ def draw_failures(
             panels.append((draw_panel(examples, i, 0), caption, INK))
         rows.append((title, panels))
     annotated = any(len(boxes) for _, examples in groups for boxes in examples.ground_truth)
-    return draw_sheet(note, annotated, [], rows or [("No failure among these images.", [])])
+    return draw_sheet(note if rows else "No image fails. " + note, annotated, [], rows)
 
 
 # ---------------------------------------------------------------- a user's own photographs
@@ -271,28 +270,22 @@ def draw_own(
     titles: Q maps' names, and what is multiplied. heat (Q, H, W) in [0, 1], boxes (Q, 4) in the
     photograph's pixels; a single one is drawn on the photograph too.
     """
-    scale = min(max(1, 480 / max(picture.size)), 720 / max(picture.size))
+    scale = 560 / max(picture.size)
     size = [max(1, round(scale * side)) for side in picture.size]
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     left, top, right, bottom = (round(scale * v) for v in view)
     left, top = min(left, size[0] - 1), min(top, size[1] - 1)  # of a thin picture a pixel is left
     seen = (left, top, max(right, left + 1), max(bottom, top + 1))
-    panels, width = [(picture, caption, INK)], max(2, max(size) // 200)
+    panels = [(picture, caption, INK)]
     for values, box in zip(heat, boxes):
         panel = picture.copy()
         panel.paste(overlay(picture.crop(seen), values), seen[:2])
-        draw_box(ImageDraw.Draw(panel), np.multiply(box, scale), CYAN, width)
+        draw_box(ImageDraw.Draw(panel), np.multiply(box, scale), CYAN, 3)
         panels.append((panel, "", INK))
     if len(boxes) == 1:
-        draw_box(ImageDraw.Draw(picture), np.multiply(boxes[0], scale), CYAN, width)
-
-    # a wide photograph's maps stand below it, another's beside it
+        draw_box(ImageDraw.Draw(picture), np.multiply(boxes[0], scale), CYAN, 3)
     columns = [("photograph", ""), *titles]
-    rows = [("", panels)]
-    if size[0] > 1.6 * size[1]:
-        rows = [(title, [panel]) for (title, _), panel in zip(columns, panels)]
-        columns = []
-    return draw_sheet(note, False, columns, rows, max(size[0], CELL))
+    return draw_sheet(note, False, columns, [("", panels)], max(size[0], CELL))
 
 
 # ---------------------------------------------------------------- plots
@@ -301,31 +294,28 @@ ZOOM, WIDTH, HEIGHT = 3, 860, 520  # drawn threefold and reduced, so that lines 
 LEFT, RIGHT, TOP, BOTTOM = 70, 24, 92, 64
 
 
-def ticks(low: float, high: float) -> list[float]:
-    """About five round numbers from low to high."""
-    step = 10 ** math.floor(math.log10((high - low) / 4))
-    step *= next((m for m in (1, 2, 5) if (high - low) / (m * step) <= 6), 10)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
+def ticks(high: float) -> list[float]:
+    """About five round numbers from 0 to high."""
+    step = 10 ** math.floor(math.log10(high / 4))
+    step *= next((m for m in (1, 2, 5) if high / (m * step) <= 6), 10)
+    return [i * step for i in range(math.floor(high / step + 1e-9) + 1)]
 
 
 def draw_plot(
-    title: str, note: str, x_label: str, x_range: tuple[float, float],
-    y_range: tuple[float, float], key: Sequence[tuple], lines: Sequence[tuple],
+    title: str, note: str, x_label: str, x_max: float, y_max: float, lines: Sequence[tuple],
     dots: Sequence[tuple], labels: Sequence[tuple],
 ) -> Image.Image:
-    """Lines over a grid.
+    """Lines over a grid, both axes from 0.
 
-    key: (name, colour, width of its line). lines: (points, colour, width). dots: (x, y, colour,
-    radius). labels: (x, y, text, the anchor of the text at x, y).
+    lines: (name, one or more points, colour, width); each name stands once above the plot, "" nowhere. dots:
+    (x, y, colour). labels: (x, y, text, the anchor of the text at x, y).
     """
     sheet = Image.new("RGB", (ZOOM * WIDTH, ZOOM * HEIGHT), PAPER)
     draw = ImageDraw.Draw(sheet)
-    (x0, x1), (y0, y1) = x_range, y_range
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return (LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT),
-                HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM))
+        return (LEFT + x / x_max * (WIDTH - LEFT - RIGHT),
+                HEIGHT - BOTTOM - y / y_max * (HEIGHT - TOP - BOTTOM))
 
     def line(points: Iterable[tuple[float, float]], colour: tuple, width: int) -> None:
         draw.line([(ZOOM * x, ZOOM * y) for x, y in points], colour, ZOOM * width, joint="curve")
@@ -337,24 +327,23 @@ def draw_plot(
     text(LEFT, 26, title, "ls", 15, INK)
     text(LEFT, 47, fit_text(note, 13, WIDTH - LEFT - RIGHT), "ls", 13)
     text(WIDTH / 2, HEIGHT - 12, x_label, "ms", 15, INK)
-    for y in ticks(y0, y1):
-        line([at(x0, y), at(x1, y)], GRID, 1)
-        text(LEFT - 8, at(x0, y)[1], f"{y:.6g}", "rm")
-    for x in ticks(x0, x1):
-        text(at(x, y0)[0], HEIGHT - BOTTOM + 9, f"{x:.6g}", "ma")
-    line([at(x0, y0), at(x1, y0)], INK, 1)
+    for y in ticks(y_max):
+        line([at(0, y), at(x_max, y)], GRID if y else INK, 1)
+        text(LEFT - 8, at(0, y)[1], f"{y:.6g}", "rm")
+    for x in ticks(x_max):
+        text(at(x, 0)[0], HEIGHT - BOTTOM + 9, f"{x:.6g}", "ma")
     x = LEFT
-    for name, colour, width in key:
+    for name, (colour, width) in {name: rest for name, _, *rest in lines if name}.items():
         line([(x, 70), (x + 20, 70)], colour, width)
         text(x + 26, 70, name, "lm", 13, INK)
         x += 44 + font(13).getlength(name)
 
     # the lines themselves
-    for points, colour, width in (entry for entry in lines if entry[0]):
+    for _, points, colour, width in lines:
         line([at(*point) for point in points], colour, width)
-    for x, y, colour, radius in dots:
-        (x, y), r = at(x, y), radius
-        draw.ellipse([ZOOM * v for v in (x - r, y - r, x + r, y + r)], colour, PAPER, ZOOM)
+    for *point, colour in dots:
+        x, y = at(*point)
+        draw.ellipse([ZOOM * v for v in (x - 5, y - 5, x + 5, y + 5)], colour, PAPER, ZOOM)
     for x, y, words, anchor in labels:
         text(*np.add(at(x, y), (4, -4)), words, anchor, 13)
     return sheet.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
@@ -362,45 +351,38 @@ def draw_plot(
 
 def draw_curve(metrics: dict, coupling: str, note: str) -> Image.Image:
     """gt_known over thresholds, a line per coupling, a dot at the threshold in use."""
-    key, lines, dots = [], [], []
+    centred, dots = metrics["baselines"]["centred_box"], []
+    lines = [("", [(0, centred), (1, centred)], GREY, 1)]
     for name, row in metrics["couplings"].items():
-        width = 4 if name == coupling else 2
-        key.append((row["label"], LINES[name], width))
-        lines.append((list(zip(metrics["thresholds"], row["gt_known_curve"])), LINES[name], width))
-        dots.append((metrics["threshold"], row["gt_known"], LINES[name], 2 + width))
-    centred = metrics["baselines"]["centred_box"]
-    lines.insert(0, ([(0, centred), (1, centred)], GREY, 1))
+        points = list(zip(metrics["thresholds"], row["gt_known_curve"]))
+        lines.append((row["label"], points, LINES[name], 4 if name == coupling else 2))
+        dots.append((metrics["threshold"], row["gt_known"], LINES[name]))
     return draw_plot(
         "Images localised with IoU > 0.5 (GT-known), in %", note,
-        "threshold of the min-max normalised map (dot: the one in use)", (0, 1), (0, 100), key,
-        lines, dots, [(0.99, centred, "centred box", "rs")])
+        "threshold of the min-max normalised map (dot: the one in use)", 1, 100, lines, dots,
+        [(0.99, centred, "centred box", "rs")])
 
 
 def draw_loss(log: Sequence[dict]) -> Image.Image:
     """The training loss over steps: log.jsonl's entries, of steps ("loss") and of epochs' ends.
 
-    A second phase's steps are counted on from the first's, at a line that names it.
+    A second phase's steps are counted on from the first's; a line at each phase's start names it.
     """
-    step_losses, epoch_losses, starts, offset = [], [], {}, 0
+    steps, epochs, starts, offset = [], [], {}, 0
     for phase in dict.fromkeys(entry["phase"] for entry in log):
         entries = [entry for entry in log if entry["phase"] == phase]
-        for series, name in ((step_losses, "loss"), (epoch_losses, "mean_loss")):
+        for series, name in ((steps, "loss"), (epochs, "mean_loss")):
             series.append([(offset + entry["step"], entry[name]) for entry in entries
                            if math.isfinite(entry.get(name, math.nan))])
         starts[offset] = phase
         offset += max(entry["step"] for entry in entries)
-    losses = [loss for points in step_losses + epoch_losses for _, loss in points] or [0.0]
-    low, high = min(0.0, *losses), max(losses)
-    high = high * 1.05 if high > low else low + 1
-    starts = starts if len(starts) > 1 else {}
-    lines = [([(start, low), (start, high)], GREY, 1) for start in starts]
-    lines += [(points, LINES["none"], 1) for points in step_losses]
-    lines += [(points, LINES["relation"], 3) for points in epoch_losses]
-    dots = [(*point, LINES["relation"], 5) for points in epoch_losses for point in points]
+    high = 1.05 * max((loss for points in steps + epochs for _, loss in points), default=0) or 1
+    lines = [("", [(start, 0), (start, high)], GREY, 1) for start in starts]
+    lines += [("a step's loss", points, LINES["none"], 1) for points in steps if points]
+    lines += [("mean of an epoch, at its end", points, LINES["relation"], 3)
+              for points in epochs if points]
+    dots = [(*point, LINES["relation"]) for points in epochs for point in points]
     return draw_plot(
-        "Training loss", f"{sum(map(len, step_losses))} logged steps", "step",
-        (0, max(offset, 1)), (low, high),
-        [("a step's loss", LINES["none"], 1),
-         ("mean of an epoch, at its end", LINES["relation"], 3)],
+        "Training loss", f"{sum(map(len, steps))} logged steps", "step", max(offset, 1), high,
         lines, dots if len(dots) < 30 else (),
-        [(start, low, phase, "ls") for start, phase in starts.items()])
+        [(start, 0, phase, "ls") for start, phase in starts.items()])
