@@ -118,15 +118,13 @@ def list_images(
         raise DataError(f"{folder / names[name]}: not one of the {len(classes)} classes that "
                         "training has")
     for name in classes:
-        name, own_images, own_left_out = names.get(nfc(name), name), [], defaultdict(list)
+        name, own_images = names.get(nfc(name), name), []
         if complete or name in names.values():
-            own_images = list_one_level(folder / name, own_left_out)
+            own_images = list_one_level(folder / name, left_out)
         if complete and not own_images:
-            raise DataError(": ".join([f"{folder / name}: no images in this class's folder",
-                                       *notes_of(own_left_out)]))
+            raise DataError("; ".join([f"{folder / name}: no images in this class's folder",
+                                       *notes_of(left_out)]))
         images.append([f"{name}/{image}" for image in own_images])
-        for reason, paths in own_left_out.items():
-            left_out[reason] += paths
     return images
 
 
