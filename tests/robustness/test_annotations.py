@@ -73,6 +73,7 @@ FRAMES = {  # stored size, EXIF's orientation, <size>, box, the right box or the
     "upright": ((60, 40), 6, size_xml(40, 60), BOX, BOX, None),
     "stored, 6": ((60, 40), 6, size_xml(60, 40), BOX, (5, 5, 30, 25), None),
     "stored, 8": ((60, 40), 8, size_xml(60, 40), BOX, (10, 35, 35, 55), None),
+    "stored, nearly square": ((40, 41), 6, size_xml(40, 41), BOX, (6, 5, 31, 25), None),
     "turned by half": ((60, 40), 3, size_xml(60, 40), BOX, BOX, "turned or mirrored by EXIF"),
     "a square": ((40, 40), 6, size_xml(40, 40), BOX, BOX, "turned or mirrored by EXIF"),
     "merely swapped": ((60, 40), 1, size_xml(40, 60), BOX, BOX, None),

@@ -174,7 +174,7 @@ CASES = {  # form, files, rows of boxes.csv, words that are printed besides the 
        for file, text in [
            ("data.yaml", "names: [cat, dog]"), ("data.yaml", "names: ['cat', 'dog']\nnc: 2"),
            ("data.yaml", "nc: 2\nnames:\n- cat\n- 'dog'\nval: images"),
-           ("data.yaml", "names:\n  0: cat # a cat\n\n  1: \"dog\"\nroboflow:\n  2: x"),
+           ("data.yaml", "names:\n  0: cat # a cat\n\n  1: \"dog\"\nroboflow:\n  0: x"),
            ("data.yaml", "names: {0: cat, 1: dog}"), ("data.yaml", "names:\n  1: dog\n  0: cat"),
            ("pets.yml", "names:\n  [\n    'cat',\n    'dog'\n  ]\n"),
            ("../data.yaml", "names: [cat, dog]"), ("../classes.txt", "cat\ndog"),
