@@ -41,20 +41,21 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from support.common import (Parser, free_memory, last_line, local_processes, pair, progress, say,
-                            write_text)
+from support.common import (Parser, free_memory, last_line, local_processes, one_line, pair,
+                            progress, say, write_text)
 from support.pictures.annotations import nfc, place_all
-from support.pictures.birds import (BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_bird,  # noqa: F401
-                                    draw_birds)
+from support.pictures.birds import BIRD_STREAMS, BIRDS, PALETTES, SPECIES, draw_birds
 from support.pictures.convert import READERS as CONVERTERS
 from support.pictures.convert import convert
-from support.pictures.decode import DataError, open_image  # noqa: F401
+from support.pictures.decode import DataError, open_image
 from support.pictures.folders import has_val
 from support.pictures.readers import read_cub, read_folder, read_ilsvrc, spread
-from support.pictures.views import (as_tensor, check_images, clip_boxes, fixed_view,  # noqa: F401
-                                    load_image, load_whole, load_wholes, normalise,
-                                    resize_view, whole_size)
+from support.pictures.views import (as_tensor, check_images, clip_boxes, fixed_view, load_image,
+                                    load_whole, load_wholes, normalise, resize_view, whole_size)
 from support.report.figures import class_name, fit_text, is_ours, put, write_png
+
+__all__ = ["DataError", "collate", "has_split", "load_dataset", "load_image", "loader",
+           "normalise", "open_image"]
 
 LOADING_TIMEOUT = 600  # seconds for a batch
 
@@ -204,7 +205,7 @@ class Pictures(Split):
 
     def _check(self, boxes: list[list], annotations) -> list[list]:
         """Decodes every scored image as scoring will: a broken one shows now, not after an hour of
-        training. Returns the boxes in pixels of the upright images, those outside left out.
+        training. Returns the boxes in pixels of the upright images, clipped to them.
         """
         paths = [self.folder / os.fsdecode(path) for path in self.paths]
         work = partial(check_images, img_size=self.img_size, crop=self.crop)
@@ -213,13 +214,12 @@ class Pictures(Split):
         self.notes += notes
         inside, clipped, outside = [], 0, 0
         for rows, decoded in zip(boxes, pictures):
-            width, height = decoded.size
-            left = [(x0, y0, x1, y1) for x0, y0, x1, y1 in rows
-                    if max(x0, 0) < min(x1, width) and max(y0, 0) < min(y1, height)]
-            outside += len(rows) - len(left)
-            clipped += sum(x0 < 0 or y0 < 0 or x1 > width or y1 > height
-                           for x0, y0, x1, y1 in left)
-            inside.append(left)
+            rows = torch.tensor(rows, dtype=torch.float32).view(-1, 4)
+            cut = clip_boxes(rows, (0, 0, *decoded.size))
+            kept = (cut[:, 2:] > cut[:, :2]).all(1)
+            outside += int((~kept).sum())
+            clipped += int((cut != rows)[kept].any(1).sum())
+            inside.append(cut[kept].tolist())
         if clipped:
             self.notes.append(f"{clipped} boxes reach beyond their images and are clipped")
         if outside:
@@ -238,8 +238,7 @@ class Pictures(Split):
             image = as_tensor(pixels)
         else:
             image, view, size = load_image(path, self.img_size, self.crop)
-        boxes = clip_boxes(self.boxes[self.first[index]:self.first[index + 1]], (0, 0, *size))
-        boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+        boxes = self.boxes[self.first[index]:self.first[index + 1]]
         return {"image": image, "label": int(self.labels[index]), "boxes": boxes, "size": size,
                 "view": view, "index": index, "path": path}
 
@@ -417,15 +416,15 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def contact_sheet(name: str, root: Path | None, split: str, out: Path) -> None:
     side = 192
-    dataset = load_dataset(name, root, split, 64 if name == "synthetic" else side, limit=24)
+    dataset = load_dataset(name, root, split, 64 if name == "synthetic" else side, limit=24,
+                           augment=False)
     sheet = Image.new("RGB", (6 * side, -(-len(dataset) // 6) * side))
-    for i, sample in enumerate(dataset[i] for i in range(len(dataset))):
+    for i in range(len(dataset)):
+        sample = dataset[i]
         tile = Image.fromarray(sample["image"].permute(1, 2, 0).numpy()).resize((side, side))
         draw = ImageDraw.Draw(tile)
-        x0, y0, x1, y1 = sample["view"]
-        scale = side / torch.tensor([x1 - x0, y1 - y0])
-        for box in (sample["boxes"].view(-1, 2, 2) - torch.tensor([x0, y0])) * scale:
-            draw.rectangle([*box.amin(0), *box.amax(0)], outline="red")
+        for box in sample["boxes"] * side / torch.tensor(sample["size"] * 2):
+            draw.rectangle(box.tolist(), outline="red")
         label = fit_text(class_name(dataset.classes, sample["label"]), 12, side - 4)
         put(draw, (2, 2), label, 12, "white", stroke_width=1, stroke_fill="black")
         sheet.paste(tile, (i % 6 * side, i // 6 * side))
@@ -472,10 +471,8 @@ def main(argv: list[str] | None = None) -> None:
             convert_boxes(form, Path(source), args.root, args.out)
         else:
             contact_sheet(args.data or "synthetic", args.root, args.split or "test", args.out)
-    except OSError as error:
-        sys.exit(f"data.py: error: {error.filename or args.out}: {error.strerror or error}")
-    except ValueError as error:
-        sys.exit(f"data.py: error: {error}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"data.py: error: {one_line(error, args.out)}")
 
 
 if __name__ == "__main__":

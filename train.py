@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_checkpoint, load_pretrained
-from support.common import FlagError, autocast, last_line, one_line, progress, write_atomic
+from support.common import FlagError, autocast, last_line, one_line, progress
 from support.report.figures import draw_loss, write_png
 from support.runs.folder import (PHASES, Stop, any_process, begin, check_data, digest_of,
                                  find_saved, hold, log, process, read_log, restore, say,
@@ -69,23 +69,6 @@ WARMUP = 3  # steps that no estimate of time counts
 SCORES_STUCK = 20  # logged steps with a mean score below .01 or above .99
 
 
-# ---------------------------------------------------------------- flags
-
-def build(config: dict, num_classes: int, **changes) -> LCTR:
-    return LCTR(num_classes, **{flag: config[flag] for flag in MODEL_FLAGS} | changes)
-
-
-def parse_flags(argv: list[str] | None = None) -> Namespace:
-    """The command line with every default filled in; one line and status 2 if a flag is wrong."""
-    flags, parser = read_flags(argv, RECIPES, ARCHITECTURES)
-    try:
-        with torch.device("meta"):
-            build(vars(flags), num_classes=2)
-    except ValueError as error:
-        parser.error(f"--{str(error).replace('_', '-', 1)}")
-    return flags
-
-
 # ---------------------------------------------------------------- schedule and optimizer
 
 class Plan(NamedTuple):
@@ -93,6 +76,7 @@ class Plan(NamedTuple):
 
     phase: str
     images: int
+    kinds: dict[str, int]  # the image labels that it trains on, and how many of each there are
     batch_size: int
     epoch_steps: int
     total: int
@@ -100,22 +84,26 @@ class Plan(NamedTuple):
     peak: float  # learning rate
 
 
-def plan_phase(phase: str, images: int, config: dict) -> Plan:
+def plan_phase(phase: str, train_set: data.Split, config: dict) -> Plan:
     """A data set smaller than a batch is one batch; an incomplete last batch is left out.
 
     Raises FlagError where a batch does not split into micro-batches.
     """
-    batch_size = min(config["batch_size"], images)
+    batch_size = min(config["batch_size"], len(train_set))
     parts = process()[1] * config["accumulate"]
     if batch_size < parts:
         raise FlagError(f"--batch-size: {batch_size} images do not split into {parts} parts")
-    prefix = "" if phase == "main" else "pretrain_"
-    epoch_steps = images // batch_size
-    total = epoch_steps * config[f"{prefix}epochs"]
+    epoch_steps = len(train_set) // batch_size
+    kinds = {"label": len(train_set.classes)}
     if phase == "main":
+        peak, total = config["lr"], epoch_steps * config["epochs"]
         total = min(total, config["max_steps"] or total)
+    else:
+        peak, total = config["pretrain_lr"], epoch_steps * config["pretrain_epochs"]
+        if config["data"] == "synthetic" and config["palette_label"]:
+            kinds["palette"] = train_set.num_palettes
     warmup = min(config["warmup_epochs"] * epoch_steps, total / 10)
-    return Plan(phase, images, batch_size, epoch_steps, total, warmup, config[f"{prefix}lr"])
+    return Plan(phase, len(train_set), kinds, batch_size, epoch_steps, total, warmup, peak)
 
 
 def folder_epochs(images: int, batch_size: int) -> int:
@@ -127,8 +115,8 @@ def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
     """Of a step in 0 .. total-1: linear over `warmup` steps, then a cosine to peak / 100."""
     if step < warmup:
         return peak * (step + 1) / (math.floor(warmup) + 1)
-    progress = (step - warmup) / (total - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    passed = (step - warmup) / (total - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * passed)))
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -223,92 +211,20 @@ def loss_sum(logits: Tensor, labels: list[Tensor], sizes: list[int], smoothing: 
     return loss / logits.shape[2:].numel()
 
 
-def label_kinds(phase: str, train_set: data.Split, config: dict) -> dict[str, int]:
-    """The kinds of image labels that a phase trains on: in the birds' pretraining the palette too.
-    """
-    kinds = {"label": len(train_set.classes)}
-    if phase == "pretrain" and config["data"] == "synthetic" and config["palette_label"]:
-        kinds["palette"] = train_set.num_palettes
-    return kinds
-
-
-def compile_mode(plan: Plan, config: dict) -> str | None:
-    """--compile: "reduce-overhead", CUDA graphs, for a long phase on one GPU; "default"; None."""
-    graphs = config["device"].startswith("cuda") and process()[1] == 1 and plan.total >= 1000
-    # a graph's gradients lie where the next replay writes them, so none may be added up
-    graphs = graphs and config["amp"] == "bf16" and config["accumulate"] == 1
-    if config["compile"] == "off" or config["compile"] == "auto" and not graphs:
-        return None
-    return "reduce-overhead" if graphs else "default"
-
-
-def compiled(classifier: Classifier, mode: str, plan: Plan, sizes: list[int], config: dict
-             ) -> Classifier:
-    """The classifier compiled, after three trial steps on blank images; as it was, with a note,
-    where that fails under --compile auto.
-    """
-    device = torch.device(config["device"])
-    whole = Classifier(classifier.model, classifier.patch_loss).train()
-    say(f"compiling the model (--compile), mode {mode}")
-    try:
-        torch.compiler.reset()  # a former phase's graphs, and the memory that they hold
-        whole.compile(mode=mode)
-        count = len(shares(list(range(plan.batch_size)), config)[0])
-        images = torch.zeros(count, 3, *classifier.model.img_size, device=device)
-        labels = [torch.zeros(count, dtype=torch.int64, device=device) for _ in sizes]
-        shape = count, config["depth"], 2
-        noise = torch.ones(shape, device=device) if config["drop_path"] else None
-        for _ in range(WARMUP):
-            with autocast(device, config["amp"]):
-                logits = whole(images, noise)
-                loss = sum(loss_sum(part, labels, sizes, 0.0) for part in logits)
-            loss.backward()
-            whole.zero_grad(set_to_none=True)
-    except Exception as error:  # of any kind: compilers raise nearly anything
-        if config["compile"] == "on":
-            raise RuntimeError(f"--compile: {last_line(error)}: off trains without") from error
-        say(f"note: the model does not compile, training goes on without ({last_line(error)})")
-        classifier.zero_grad(set_to_none=True)
-        return classifier
-    return whole
-
-
-def mean_figures(rows: list[list[float]], batch_size: int) -> dict:
-    """What a line of the log says of some steps (rows as in fit): means over steps and images.
-
-    A gradient that is not finite, a step that fp16 leaves out, does not enter its norm's mean.
-    score_mean, score_std: of the CDM's scores, over kernels, the second of their spread over
-    images.
-    """
-    table = np.array(rows)
-    norms = table[:, -1][np.isfinite(table[:, -1])]
-    figures = {"loss": float(table[:, 0].mean()),
-               "grad_norm": float(norms.mean()) if len(norms) else None}
-    if table.shape[1] > 3:
-        sums = table[:, 2:-1].sum(0) / (len(table) * batch_size)
-        mean, square = sums.reshape(2, -1)  # of S_g - 1/2 and its square (G,)
-        spread = np.sqrt(np.maximum(square - mean**2, 0))
-        figures |= {"score_mean": float(0.5 + mean.mean()), "score_std": float(spread.mean())}
-    return figures
-
-
 # ---------------------------------------------------------------- one phase of training
 
-def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None, val_set,
+def fit(model: LCTR, plan: Plan, train_set: data.Split, cache: data.Cache | None, val_set,
         config: dict, saved: dict | None, stop: Stop, later: float) -> None:
     """Trains one phase, from `saved` on where given; leaves last.pt and best.pt.
 
     later: what follows the phase, in steps, for the estimates of time.
     """
     out, device, (rank, world) = Path(config["out"]), torch.device(config["device"]), process()
-    main = phase == "main"
-    num_classes = len(train_set.classes)
-    smoothing = config["label_smoothing"]
-    plan = plan_phase(phase, len(train_set), config)
+    phase, main, sizes = plan.phase, plan.phase == "main", list(plan.kinds.values())
 
     # the optimizer, and where a checkpoint stood
-    rates = (config["layer_decay"], config["freeze_blocks"]) if main else (1.0, 0)
-    optimizer = adamw(model, config["weight_decay"], *rates)
+    layer_decay, frozen = (config["layer_decay"], config["freeze_blocks"]) if main else (1.0, 0)
+    optimizer = adamw(model, config["weight_decay"], layer_decay, frozen)
     scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
     first, metrics = 0, {}
     running = {"line": [], "epoch": []}  # a row of figures per step, since the log's last line
@@ -319,24 +235,17 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
         f"{plan.peak:g} after {plan.warmup:.0f} steps, amp {config['amp']}, on {device}"
         + f", from step {first}" * bool(first))
 
-    pictures = {"images": plan.images, "digest": data.digest(train_set)}
-
-    # the image labels that this phase's head is trained on, and how many of each there are
-    kinds = label_kinds(phase, train_set, config)
-    sizes = list(kinds.values())
-
     # the model as it is trained, and this process's batches, prepared while it computes
-    classifier = Classifier(model, config["patch_loss"] if model.head_type == "token" and not main
-                            else "none").train()
+    classifier = Classifier(model, "none" if main else config["patch_loss"]).train()
     if first < plan.total and (mode := compile_mode(plan, config)):
-        classifier = compiled(classifier, mode, plan, sizes, config)
+        classifier = compiled(classifier, mode, plan, config)
     parallel = DistributedDataParallel(classifier) if world > 1 else classifier
     keys = micro_batches(plan, first, config)
     batches = (map(cache.batch, keys) if cache
                else data.loader(train_set, keys, config["workers"]))
 
-    window = None  # on the device: the rows of the steps since the last reading
-    read = first
+    pictures = {"images": plan.images, "digest": data.digest(train_set)}
+    rows = []  # of figures, on the device: of the steps since the last reading
     stuck = 0
     written = -math.inf
     clock = first, time.perf_counter()
@@ -358,18 +267,18 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
         for i, noise in enumerate(noises, 1):
             batch = next(batches)
             images = data.normalise(batch["image"].to(device, non_blocking=True))  # (B, 3, H, W)
-            labels = [batch[kind].to(device, non_blocking=True) for kind in kinds]
+            labels = [batch[kind].to(device, non_blocking=True) for kind in plan.kinds]
             # processes exchange gradients after the last micro-batch only
             alone = world > 1 and i < len(noises)
             with parallel.no_sync() if alone else contextlib.nullcontext():
                 with autocast(device, config["amp"]):
                     logits = parallel(images, noise)
-                    loss = sum(loss_sum(part, labels, sizes, smoothing) for part in logits)
-                    loss = loss / plan.batch_size
+                    loss = sum(loss_sum(part, labels, sizes, config["label_smoothing"])
+                               for part in logits) / plan.batch_size
                 scaler.scale(loss * world).backward()  # DDP takes the mean over processes
 
             # what the log wants of it, left on the device
-            hits = (logits[0][:, :num_classes].argmax(1) == labels[0]).sum()
+            hits = (logits[0][:, :sizes[0]].argmax(1) == labels[0]).sum()
             figures = [loss.detach()[None], hits[None]]
             if model.head_type == "cdm":
                 scores = model.cdm.last_scores.float() - 0.5  # (B, G), near 0
@@ -387,36 +296,32 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        row = torch.cat([row, norm[None]])  # loss, hits, S_g - 1/2 and squares, norm
-        window = row.new_zeros(LOG_EVERY, len(row)) if window is None else window
-        window[step - read - 1] = row
+        rows.append(torch.cat([row, norm[None]]))  # loss, hits, S_g - 1/2 and squares, norm
 
         # until something is to be logged or saved, the device works on and nobody waits for it
         late = rank == 0 and time.monotonic() - written > SAVE_EVERY
-        asked, late = any_process(stop.asked, late)
+        stops, late = any_process(stop.requested, late)
         stop.step_ended()
         ends = done + 1 == plan.epoch_steps or step == plan.total
         every = config["checkpoint_every"]
-        saves = asked or ends and (late or step == plan.total) or every and step % every == 0
+        saves = stops or ends and (late or step == plan.total) or every and step % every == 0
         logs = step % LOG_EVERY == 0 or step == plan.total
         warm = step - first in (WARMUP, 2 * WARMUP)
         if not (saves or logs or ends or warm):
             continue
 
         # the steps' figures, summed over processes: the one wait for the device
-        rows = window[:step - read]
+        table = torch.stack(rows, 1)  # (figures, steps)
         if world > 1:
-            norms = rows[:, -1].clone()  # the same in all
-            dist.all_reduce(rows)
-            rows[:, -1] = norms
-        for number, values in enumerate(rows.tolist(), read + 1):
+            dist.all_reduce(table[:-1])  # the norm is the same in all
+        for number, values in enumerate(table.T.tolist(), step - len(rows) + 1):
             # fp16's scaler leaves out a step whose gradient overflows, so that one may pass
             overflow = not math.isfinite(values[-1]) and not scaler.is_enabled()
             if overflow or not math.isfinite(values[0]):
                 raise FloatingPointError(not_finite(number, values, plan, train_set, config))
             running["line"].append(values)
             running["epoch"].append(values[:2])
-        read = step
+        rows = []
 
         # what is logged and said
         now = time.perf_counter()
@@ -437,7 +342,7 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
             clock = step, now
 
         # an epoch's end: its mean loss and accuracy, also on val; the best model so far
-        best, said = False, ""
+        best = main and not val_set and step == plan.total
         if ends:
             losses, hits = zip(*running["epoch"])
             running["epoch"] = []
@@ -446,19 +351,17 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
                      "train_top1": 100 * sum(hits) / (len(hits) * plan.batch_size)}
             said = (f"{phase} epoch {epoch + 1}: step {step}, mean loss {entry['mean_loss']:.3f}, "
                     f"training accuracy {entry['train_top1']:.1f} %")
-            best = main and not val_set and step == plan.total
             if val_set and ((epoch + 1) % config["eval_every"] == 0 or step == plan.total):
-                stop.in_steps = False  # Ctrl-C ends an evaluation at once
                 results = evaluated(model, val_set, config, couplings=())
-                stop.in_steps = True
                 classifier.train()
                 top1 = evaluate.summarise(results, evaluate.DEFAULT_THRESHOLD)["top1_cls"]
-                best = top1 >= metrics.get("best_top1_cls", 0)
-                record = top1 if best else metrics["best_top1_cls"]
-                metrics = {"top1_cls": top1, "best_top1_cls": record}
+                former = metrics.get("best_top1_cls", 0)
+                best = top1 >= former
+                metrics = {"top1_cls": top1, "best_top1_cls": max(top1, former)}
                 entry["val_top1_cls"] = top1
                 said += f", val top-1 accuracy {top1:.1f} %"
             log(out, entry)
+            say(said)
 
         # checkpoints: best.pt, and last.pt with what resuming needs
         state = {"model": model.state_dict(), "config": config, "classes": train_set.classes,
@@ -471,11 +374,30 @@ def fit(model: LCTR, phase: str, train_set: data.Split, cache: data.Cache | None
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                 "rng": torch.get_rng_state(), "running": running, "data": pictures})
             written = time.monotonic()
-        if said:
-            say(said)
-        if asked:
+        if stops:
             stop.end()
     stop.in_steps = False
+
+
+# ---------------------------------------------------------------- what is said of steps
+
+def mean_figures(rows: list[list[float]], batch_size: int) -> dict:
+    """What a line of the log says of some steps (rows as in fit): means over steps and images.
+
+    A gradient that is not finite, a step that fp16 leaves out, does not enter its norm's mean.
+    score_mean, score_std: of the CDM's scores, over kernels, the second of their spread over
+    images.
+    """
+    table = np.array(rows)
+    norms = table[:, -1][np.isfinite(table[:, -1])]
+    figures = {"loss": float(table[:, 0].mean()),
+               "grad_norm": float(norms.mean()) if len(norms) else None}
+    if table.shape[1] > 3:
+        sums = table[:, 2:-1].sum(0) / (len(table) * batch_size)
+        mean, square = sums.reshape(2, -1)  # of S_g - 1/2 and its square (G,)
+        spread = np.sqrt(np.maximum(square - mean**2, 0))
+        figures |= {"score_mean": float(0.5 + mean.mean()), "score_std": float(spread.mean())}
+    return figures
 
 
 def not_finite(step: int, row: list[float], plan: Plan, train_set, config: dict) -> str:
@@ -485,10 +407,48 @@ def not_finite(step: int, row: list[float], plan: Plan, train_set, config: dict)
     batch = epoch_batches(plan.images, plan.batch_size, *key)[done]
     last = Path(config["out"]) / "last.pt"
     kept = f"the last good state stays in {last}; " * last.exists()
-    lr = learning_rate(step - 1, plan.total, plan.warmup, plan.peak)
-    return (f"{plan.phase} step {step}: loss {row[0]}, gradient norm {row[-1]}, learning rate "
-            f"{lr:.3g}: not finite; {kept}images of this batch: "
-            f"{', '.join(train_set.path(index) for index in batch)}")
+    return (f"{plan.phase} step {step}: loss {row[0]}, gradient norm {row[-1]}: not finite; {kept}"
+            f"images of this batch: {', '.join(train_set.path(index) for index in batch)}")
+
+
+# ---------------------------------------------------------------- compiling
+
+def compile_mode(plan: Plan, config: dict) -> str | None:
+    """--compile: "reduce-overhead", CUDA graphs, for a long phase on one GPU; "default"; None."""
+    graphs = config["device"].startswith("cuda") and process()[1] == 1 and plan.total >= 1000
+    # a graph's gradients lie where the next replay writes them, so none may be added up
+    graphs = graphs and config["amp"] == "bf16" and config["accumulate"] == 1
+    if config["compile"] == "off" or config["compile"] == "auto" and not graphs:
+        return None
+    return "reduce-overhead" if graphs else "default"
+
+
+def compiled(classifier: Classifier, mode: str, plan: Plan, config: dict) -> nn.Module:
+    """The classifier compiled, after trial steps on blank images; as it was, with a note, where
+    that fails under --compile auto.
+    """
+    device = torch.device(config["device"])
+    count = len(shares(list(range(plan.batch_size)), config)[0])
+    images = torch.zeros(count, 3, *classifier.model.img_size, device=device)
+    noise = None
+    if config["drop_path"]:
+        noise = torch.ones(count, config["depth"], 2, device=device)
+    say(f"compiling the model (--compile), mode {mode}")
+    torch.compiler.reset()  # a former phase's graphs, and the memory that they hold
+    try:
+        whole = torch.compile(classifier, mode=mode)
+        for _ in range(WARMUP):
+            with autocast(device, config["amp"]):
+                logits = whole(images, noise)
+            sum(part.float().mean() for part in logits).backward()
+            classifier.zero_grad(set_to_none=True)
+        return whole
+    except Exception as error:  # of any kind: compilers raise nearly anything
+        if config["compile"] == "on":
+            raise RuntimeError(f"--compile: {last_line(error)}: off trains without") from error
+        say(f"note: the model does not compile, training goes on without ({last_line(error)})")
+        classifier.zero_grad(set_to_none=True)
+        return classifier
 
 
 # ---------------------------------------------------------------- the whole run
@@ -537,6 +497,20 @@ def finish(config: dict, val_set, test_set) -> None:
     write_checkpoint(out / "last.pt", last)
 
 
+def build(config: dict, num_classes: int, **changes) -> LCTR:
+    return LCTR(num_classes, **{flag: config[flag] for flag in MODEL_FLAGS} | changes)
+
+
+def start(config: dict, head: str, outputs: int, pretrained: str | None) -> LCTR:
+    """A phase's model, new but for a backbone's weights."""
+    torch.manual_seed(config["seed"])
+    model = build(config, outputs, head=head)
+    if pretrained:
+        report = load_pretrained(model, pretrained)
+        say(f"backbone from {pretrained}:\n{report}")
+    return model.to(config["device"])
+
+
 def train(flags: Namespace, stop: Stop) -> None:
     # what can be checked before the data is read
     config = {name: value for name, value in vars(flags).items() if name != "resume"}
@@ -555,44 +529,43 @@ def train(flags: Namespace, stop: Stop) -> None:
 
         # the data, and whether the checkpoint was trained on it
         train_set, val_set, test_set = load_data(flags, has_val)
-        device = torch.device(flags.device)
         if saved:
             check_data(saved, train_set.classes, len(train_set), data.digest(train_set))
         if config["epochs"] is None:
             config["epochs"] = folder_epochs(len(train_set), flags.batch_size)
             say(f"{len(train_set)} training pictures: {config['epochs']} epochs (--epochs)")
-        main_phase = plan_phase("main", len(train_set), config)
+        pretrain, main = (plan_phase(phase, train_set, config) for phase in PHASES)
         begin(out, saved, config)
-        cached = flags.cache == "on" or flags.cache == "auto" and data.cache_fits(train_set, device)
-        cache = data.Cache(train_set, device) if cached else None
+        device, cache = torch.device(flags.device), None
+        if flags.cache == "on" or flags.cache == "auto" and data.cache_fits(train_set, device):
+            cache = data.Cache(train_set, device)
+        scored = len(test_set) + (len(val_set) if val_set else 0)
+        later = scored / 2 / main.batch_size  # an image scored costs half of one trained on
 
         # pretraining with a "token" head, then the main phase on its backbone
-        backbone = {}
-        scored = len(test_set) + (len(val_set) if val_set else 0)
-        later = scored / 2 / main_phase.batch_size  # an image scored costs half of one trained on
-
-        def start(head: str, outputs: int) -> LCTR:
-            torch.manual_seed(flags.seed)
-            model = build(config, outputs, head=head)
-            if backbone:
-                model.load_state_dict(backbone, strict=False)
-            elif flags.pretrained and not saved:
-                report = load_pretrained(model, flags.pretrained)
-                say(f"backbone from {flags.pretrained}:\n{report}")
-            return model.to(device)
-
-        if flags.pretrain_epochs and not (saved and saved["phase"] == "main"):
-            model = start("token", sum(label_kinds("pretrain", train_set, config).values()))
-            fit(model, "pretrain", train_set, cache, None, config, saved, stop,
-                main_phase.total + later)
-            if process()[0] == 0:
-                content = (out / "last.pt").read_bytes()
-                write_atomic(out / "pretrained.pt", lambda file: file.write(content))
-            saved, backbone = None, {name: value for name, value in model.state_dict().items()
-                                     if not name.startswith(HEADS)}
-        model = start(flags.head, len(train_set.classes))
-        fit(model, "main", train_set, cache, val_set, config, saved, stop, later)
+        pretrained, backbone = None if saved else flags.pretrained, {}
+        if pretrain.total and not (saved and saved["phase"] == "main"):
+            model = start(config, "token", sum(pretrain.kinds.values()), pretrained)
+            fit(model, pretrain, train_set, cache, None, config, saved, stop, main.total + later)
+            write_checkpoint(out / "pretrained.pt", read_weights(out / "last.pt"))
+            saved, pretrained = None, None
+            backbone = {name: value for name, value in model.state_dict().items()
+                        if not name.startswith(HEADS)}
+        model = start(config, flags.head, len(train_set.classes), pretrained)
+        model.load_state_dict(backbone, strict=False)
+        fit(model, main, train_set, cache, val_set, config, saved, stop, later)
         finish(config, val_set, test_set)
+
+
+def parse_flags(argv: list[str] | None = None) -> Namespace:
+    """The command line with every default filled in; one line and status 2 if a flag is wrong."""
+    flags, parser = read_flags(argv, RECIPES, ARCHITECTURES)
+    try:
+        with torch.device("meta"):
+            build(vars(flags), num_classes=2)
+    except ValueError as error:
+        parser.error(f"--{str(error).replace('_', '-', 1)}")
+    return flags
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,7 +5,9 @@ import errno
 import fcntl
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import time
 import types
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,7 +29,8 @@ import evaluate
 import train
 from helpers import ROOT, call, make_folder, noise, picture, script_error, spawn, torchrun
 from lctr import load_checkpoint
-from support import common
+from support.pictures.birds import SPECIES
+from support.pictures.readers import spread
 from support.runs import folder as runs
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
@@ -50,6 +54,10 @@ def stops(capsys, *flags):
     status, _, errors = call(capsys, train, *flags)
     assert status == 130
     return errors
+
+
+def hang(*_):
+    time.sleep(600)
 
 
 def weights(out, name="last.pt", key="model"):
@@ -103,31 +111,15 @@ def test_a_run_leaves_its_checkpoints_log_metrics_and_pictures(finished):
     last, best = (torch.load(finished / name, weights_only=True) for name in ("last.pt", "best.pt"))
     assert set(last) >= {"model", "config", "classes", "phase", "epoch", "step", "optimizer",
                          "scaler", "rng", "metrics", "data"}
-    assert not {"optimizer", "scaler", "rng"} & set(best)
+    assert not {"optimizer", "scaler", "rng"} & set(best) and best["classes"] == SPECIES[:18]
     assert (last["phase"], last["epoch"], last["step"]) == ("main", 2, 8)
     assert last["config"] == json.loads((finished / "config.json").read_text())
-    model, best = load_checkpoint(finished / "best.pt")
     metrics = json.loads((finished / "metrics.json").read_text())
     assert metrics["n"] == 10 and metrics["threshold"] == best["metrics"]["threshold"]
     assert len((finished / "predictions.jsonl").read_text().splitlines()) == 10
     steps = [(line["phase"], line["step"]) for line in log_lines(finished) if "loss" in line]
     assert steps == [("pretrain", 4), ("main", 8)]
     assert [line["epoch"] for line in log_lines(finished) if "val_top1_cls" in line] == [0, 1]
-
-
-def test_the_main_phase_starts_from_the_pretrained_backbone(tmp_path):
-    out = run(tmp_path / "run", "--max-steps", 1, "--lr", 1e-30, "--pretrain-lr", 1e-30)
-    torch.manual_seed(0)
-    fresh = train.build(json.loads((out / "config.json").read_text()), 18)
-    moved = [key for key, value in weights(out).items()
-             if (value - fresh.state_dict()[key]).abs().max() > 1e-20]
-    # nothing is learnt at this rate: both phases started from the seed's weights ...
-    assert not moved
-    trained = run(tmp_path / "trained", "--max-steps", 1)
-    difference = (
-        weights(trained)["blocks.0.mlp.fc1.weight"] - fresh.blocks[0].mlp.fc1.weight).abs().max()
-    # ... and at the usual one, further away than one step of Adam (1e-3) can go
-    assert difference > 2e-3
 
 
 def test_data_without_val_uses_the_last_epoch_and_the_fixed_threshold(
@@ -185,12 +177,11 @@ def killed(kill_at, step, out, *flags):
     return out
 
 
-@pytest.mark.parametrize("amp", ["off", "fp16"])
-def test_a_killed_run_on_pretrained_weights_resumes_exactly(tmp_path, finished, kill_at, amp):
+def test_a_killed_run_on_pretrained_weights_resumes_exactly(tmp_path, finished, kill_at):
     """The rates of small projections were read off the file, and the loss scale grew: both come
     from the checkpoint.
     """
-    flags = ["--pretrain-epochs", 0, "--amp", amp, "--pretrained", finished / "best.pt",
+    flags = ["--pretrain-epochs", 0, "--amp", "fp16", "--pretrained", finished / "best.pt",
              "--checkpoint-every", 1]
     whole = run(tmp_path / "whole", *flags)
     killed(kill_at, 3, tmp_path / "run", *flags)
@@ -198,7 +189,7 @@ def test_a_killed_run_on_pretrained_weights_resumes_exactly(tmp_path, finished, 
 
 
 @pytest.mark.parametrize("steps, flags", [
-    ([1], []), ([3], ["--checkpoint-every", 1]), ([5], []), ([7, 1], ["--checkpoint-every", 3]),
+    ([1], []), pytest.param([7, 1], ["--checkpoint-every", 3], marks=pytest.mark.full),
     ([10, 1, 1], ["--workers", 2, "--cache", "off"]),
 ])
 def test_a_killed_run_ends_as_one_never_stopped(tmp_path, finished, kill_at, capsys, steps, flags):
@@ -216,33 +207,10 @@ def test_a_line_of_the_log_holds_the_steps_before_a_stop_too(tmp_path, kill_at):
     assert [line["step"] for line in log_lines(whole) if "loss" in line] == [10, 20, 24]
 
 
-@pytest.mark.full
-def test_kill_9_at_any_moment_of_either_phase(tmp_path):
-    flags = [*TINY, "--epochs", "6", "--pretrain-epochs", "6", "--checkpoint-every", "1"]
-    killed, rng = tmp_path / "killed", np.random.default_rng()
-    for phase in train.PHASES:
-        process = spawn("train.py", *flags, "--resume", "--out", killed)
-        step = int(rng.integers(1, 12))
-        while process.poll() is None:
-            if (killed / "last.pt").exists():  # readable at any moment, too
-                saved = torch.load(killed / "last.pt", weights_only=True)
-                if saved["phase"] == phase and saved["step"] >= step:
-                    break
-            time.sleep(rng.random() / 50)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    before = torch.load(killed / "last.pt", weights_only=True)
-    train.main([*flags, "--resume", "--out", str(killed)])
-    train.main([*flags, "--out", str(tmp_path / "whole")])
-    assert_same_run(killed, tmp_path / "whole")
-    assert before["phase"] == "main" and before["step"] < weights(killed, "last.pt", "step")
-    assert not [path for path in killed.iterdir() if path.name.endswith(".partial")]
-
-
-def test_killed_before_its_last_evaluation(tmp_path, finished, monkeypatch):
-    monkeypatch.setattr(train.evaluate, "report", lambda *_, **__: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        run(tmp_path / "run")
+def test_ctrl_c_ends_the_last_evaluation_at_once(tmp_path, finished, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "report", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+    message = stops(capsys, *TINY, "--out", tmp_path / "run")
+    assert "stopping after this step" not in message
     monkeypatch.undo()
     assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
@@ -272,8 +240,7 @@ def test_a_log_is_cut_back_to_the_checkpoint_and_mended(tmp_path, finished, kill
     out = killed(kill_at, 9, tmp_path / "run")
     (out / "metrics.json").write_text("{}")  # an evaluation does not finish a run
     with open(out / "log.jsonl", "ab") as file:
-        file.write(b'{"phase": "main", "epoch": 1, "step": 5, "loss": 1.0}\n{"step": 9}\n[]\n'
-                   b'\xff\0\n{"phase": "main", "epo')
+        file.write(b'{"phase": "main", "epoch": 1, "step": 5, "loss": 1.0}\n\xff\0\n{"phase": "mai')
     assert_same_run(run(out, "--resume"), finished)
 
 
@@ -302,32 +269,27 @@ def test_resume_compares_what_flags_mean_not_how_they_are_spelt(
 
 
 def test_resume_compares_pretrained_weights_by_what_they_hold(tmp_path, finished, kill_at, capsys):
-    a, b = tmp_path / "a.pt", tmp_path / "b.pt"
-    for file in (a, b):
-        file.write_bytes((finished / "best.pt").read_bytes())
+    a, b = (shutil.copy(finished / "best.pt", tmp_path / name) for name in ("a.pt", "b.pt"))
     flags = ["--pretrain-epochs", 0, "--checkpoint-every", 1]
     killed(kill_at, 2, tmp_path / "run", *flags, "--pretrained", a)
-    a.write_bytes((finished / "last.pt").read_bytes())
+    shutil.copy(finished / "last.pt", a)
     line = fails(capsys, *TINY, "--out", tmp_path / "run", "--resume", *flags, "--pretrained", a)
     assert "--pretrained" in line and "other contents" in line
     run(tmp_path / "run", "--resume", *flags, "--pretrained", b)
 
 
 def test_resume_refuses_other_data_and_what_is_not_the_last(tmp_path, finished, capsys):
-    saved = torch.load(finished / "last.pt", weights_only=True)
+    saved, file = torch.load(finished / "last.pt", weights_only=True), tmp_path / "last.pt"
+    classes, pictures, same = saved["classes"], saved["data"], "18 classes, 33 training pictures"
     for change, words in (
-        (lambda s: s["classes"].__setitem__(1, "dodo"), "class 'dodo' is now"),
-        (lambda s: s["classes"].append("dodo"), "19 classes then, 18 now"),
-        (lambda s: s["data"].update(images=7), "7 training pictures then, 33 now"),
-        (lambda s: s["data"].update(digest="x"), "other file names or labels"),
-        (lambda s: s.pop("optimizer"), "holds no optimizer to resume with"),
+        ({"classes": ["dodo", *classes[1:]]}, f"{same} then, {same} now; other file names"),
+        ({"classes": [*classes, "dodo"]}, f"19 classes, 33 training pictures then, {same} now"),
+        ({"data": pictures | {"images": 7}}, f"18 classes, 7 training pictures then, {same} now"),
+        ({"data": pictures | {"digest": "x"}}, f"{same} then, {same} now; other file names"),
+        ({"optimizer": None}, "holds no optimizer to resume with"),
     ):
-        content = {**saved, "classes": list(saved["classes"]), "data": dict(saved["data"]),
-                   "metrics": {}}
-        change(content)
-        torch.save(content, tmp_path / "last.pt")
-        line = fails(capsys, *TINY, "--out", tmp_path / "run", "--resume", tmp_path / "last.pt")
-        assert words in line
+        torch.save(saved | {"metrics": {}} | change, file)
+        assert words in fails(capsys, *TINY, "--out", tmp_path / "run", "--resume", file)
         assert not (tmp_path / "run").exists()
 
 
@@ -335,7 +297,6 @@ def test_resume_refuses_other_data_and_what_is_not_the_last(tmp_path, finished, 
 
 
 def test_nothing_is_replaced_that_the_run_did_not_write(tmp_path, finished, capsys):
-    assert "--resume" in fails(capsys, *TINY, "--out", finished)
     for name in ("best.pt", "config.json", "log.jsonl", "metrics.json", "gallery.png", "loss.png"):
         out = tmp_path / f"with {name}"
         out.mkdir()
@@ -347,68 +308,59 @@ def test_nothing_is_replaced_that_the_run_did_not_write(tmp_path, finished, caps
 
 
 def test_a_run_whose_last_checkpoint_is_gone_is_not_replaced(tmp_path, finished, capsys):
-    out = tmp_path / "run"
-    out.mkdir()
-    for path in finished.iterdir():
-        (out / path.name).write_bytes(path.read_bytes())
-    (out / "last.pt").unlink()
-    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert "--resume" in fails(capsys, *TINY, "--out", finished)
+    out = shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("last.pt"))
     for resume in ([], ["--resume"]):
-        assert "no last.pt" in fails(capsys, *TINY, "--out", out, *resume)
-    assert before == {path: path.read_bytes() for path in out.iterdir()}
+        assert "from a last.pt" in fails(capsys, *TINY, "--out", out, *resume)
     (out / "last.pt").symlink_to(tmp_path / "gone.pt")
     assert "already holds a run" in fails(capsys, *TINY, "--out", out)
     assert "last.pt" in fails(capsys, *TINY, "--out", out, "--resume")
-    assert (out / "best.pt").read_bytes() == (finished / "best.pt").read_bytes()
+    for path in finished.iterdir():
+        assert path.name == "last.pt" or (out / path.name).read_bytes() == path.read_bytes()
 
 
 def test_one_process_at_a_time_writes_into_a_run(tmp_path, capsys):
-    out = tmp_path / "new" / "run"
-    code = ("import sys, pathlib; from support.runs.folder import hold\n"
-            "with hold(pathlib.Path(sys.argv[1]), None):\n"
-            "    print('held', flush=True); sys.stdin.read()")
-    other = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
+    out, fork = tmp_path / "new" / "run", multiprocessing.get_context("fork")
+    held = fork.Event()
+
+    def hold():
+        with runs.hold(out, None):
+            held.set()
+            hang()
+
+    other = fork.Process(target=hold)
+    other.start()
+    assert held.wait(60)
     assert "another train.py is writing into" in fails(capsys, *TINY, "--out", out)
-    other.kill(), other.wait()
+    other.kill()
+    other.join()
     run(out, "--max-steps", 1)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks_gets_a_note(tmp_path, monkeypatch, capsys, number):
-    def lockf(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "lockf", lockf)
+    fails_so = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+    monkeypatch.setattr(fcntl, "lockf", fails_so)
     with runs.hold(tmp_path / "run", None):
-        assert (tmp_path / "run").is_dir()
-    assert "cannot be locked" in capsys.readouterr().out
+        assert "cannot be locked" in capsys.readouterr().out
 
 
 def test_a_failing_write_keeps_the_former_checkpoint(tmp_path, monkeypatch, capsys):
-    original, saves = torch.save, []
+    original, saves = torch.save, iter(range(10))
 
     def full_disk(content, file):
-        saves.append(1)
-        if len(saves) == 3:
-            file.write(b"half of it")
-            raise OSError(28, "No space left on device")
         original(content, file)
+        if next(saves) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
     line = fails(capsys, *TINY, "--out", tmp_path / "run", "--checkpoint-every", 2)
     assert "No space left" in line and str(tmp_path / "run") in line
-    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert (saved["phase"], saved["step"]) == ("pretrain", 4)
+    assert weights(tmp_path / "run", key="step") == 4
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".partial")]
 
 
 # ------------------------------------------------------- the same numbers however they are computed
-
-
-def test_neither_workers_nor_the_cache_change_anything(tmp_path, finished):
-    assert_same_run(run(tmp_path / "run", "--workers", 2, "--cache", "off"), finished)
 
 
 def assert_close(run, other):
@@ -437,6 +389,7 @@ def test_accumulated_micro_batches_make_the_same_steps(tmp_path, with_depth):
     assert_close(run(tmp_path / "run", "--drop-path", 0.3, "--accumulate", 3), with_depth)
 
 
+@pytest.mark.full
 def test_two_processes_make_the_same_run(tmp_path, with_depth):
     status, errors = torchrun(*TINY, "--out", tmp_path / "run", "--drop-path", 0.3)
     assert status == 0, errors
@@ -445,39 +398,22 @@ def test_two_processes_make_the_same_run(tmp_path, with_depth):
     assert (tmp_path / "run" / "predictions.jsonl").read_text().count("\n") == 10
 
 
-@pytest.mark.full
-def test_one_process_that_fails_ends_all_and_shows_why(tmp_path, own_pictures):
-    """The picture that cannot be read is met in training, by the one process that has it in its
-    half of the batch.
-    """
-    culprit = own_pictures / "train" / "lines" / "5.png"
-    culprit.write_bytes(culprit.read_bytes()[:60])
-    status, errors = torchrun(*TINY, *on_pictures(own_pictures), "--batch-size", 12, "--cache",
-                              "off", "--out", tmp_path / "run")
-    ours = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
-    assert status == 1 and f"{culprit}: cannot be read as an image" in "".join(ours)
-    # the other process may say that it lost this one
-    assert len(ours) <= 2 and "in train\n" not in errors
-
-
 def test_bfloat16_trains(tmp_path):
-    assert all(torch.isfinite(value).all()
-               for value in weights(run(tmp_path / "run", "--amp", "bf16")).values())
+    out = run(tmp_path / "run", "--amp", "bf16", "--max-steps", 2, "--pretrain-epochs", 0)
+    assert all(torch.isfinite(value).all() for value in weights(out).values())
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_a_loss_that_is_not_finite_names_its_step_and_pictures(
-        tmp_path, monkeypatch, capsys, count):
+def test_a_loss_that_is_not_finite_names_its_step_and_pictures(tmp_path, monkeypatch, capsys):
     """Before anything is saved, though the device is read later."""
-    original, last, steps = train.loss_sum, tmp_path / "run" / "last.pt", []
+    original, out, steps = train.loss_sum, tmp_path / "run", iter(range(1, 10))
     monkeypatch.setattr(train, "loss_sum", lambda *a: original(*a) * (
-        math.nan if last.exists() and steps.append(1) is None and len(steps) >= count else 1))
-    line = fails(capsys, *TINY, "--out", tmp_path / "run")
-    assert f"main step {count}: loss nan" in line and "learning rate" in line
-    batch = train.epoch_batches(33, 8, 0, 1, 0)[count - 1]
-    names = [f"synthetic/train/{data.spread(12_000, 33)[i]:05d}" for i in batch]
+        math.nan if (out / "pretrained.pt").exists() and next(steps) >= 3 else 1))
+    line = fails(capsys, *TINY, "--out", out)
+    assert "main step 3: loss nan" in line
+    names = [f"synthetic/train/{spread(12_000, 33)[i]:05d}"
+             for i in train.epoch_batches(33, 8, 0, 1, 0)[2]]
     assert line.endswith(f"images of this batch: {', '.join(names)}\n")
-    assert weights(last.parent, key="phase") == "pretrain"
+    assert weights(out, key="phase") == "pretrain"
 
 
 # ---------------------------------------------------------------- a device that nobody waits for
@@ -516,6 +452,7 @@ def plain_compile(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.full
 def test_a_compiled_run_is_the_same_and_compiles_once_a_phase(
         tmp_path, with_depth, kill_at, plain_compile):
     flags = ["--drop-path", 0.3, "--compile", "on", "--checkpoint-every", 1]
@@ -536,29 +473,26 @@ def test_a_model_that_does_not_compile_is_trained_without(tmp_path, finished, mo
 
 def test_only_long_phases_on_one_gpu_are_compiled_by_default():
     config = dict(device="cuda:0", amp="bf16", accumulate=1, compile="auto")
-    plan = train.Plan("main", 8, 1, 8, 1000, 0, 1.0)
+    plan = train.Plan("main", 8, {"label": 2}, 1, 8, 1000, 0, 1.0)
     assert train.compile_mode(plan, config) == "reduce-overhead"
-    for change in (dict(device="cpu"), dict(amp="fp16"), dict(accumulate=2), dict(compile="off")):
-        assert train.compile_mode(plan, config | change) is None
-        on = config | dict(compile="on") | change
-        assert train.compile_mode(plan, on) == (None if "compile" in change else "default")
     assert train.compile_mode(plan._replace(total=999), config) is None
+    assert train.compile_mode(plan, config | dict(compile="off")) is None
+    for change in (dict(device="cpu"), dict(amp="fp16"), dict(accumulate=2)):
+        assert train.compile_mode(plan, config | change) is None
+        assert train.compile_mode(plan, config | change | dict(compile="on")) == "default"
 
 
 # ---------------------------------------------------------------- the parts
 
 
-@pytest.mark.parametrize("patch_loss", ["none", "mean", "each"])
+@pytest.mark.parametrize("patch_loss", ["mean", "each"])
 def test_pretraining_may_classify_patch_tokens_too(patch_loss):
     model = train.build(vars(train.parse_flags(TINY)), 5, head="token")
     images = torch.randn(4, 3, 32, 32)
     labels = [torch.tensor([0, 1, 2, 0]), torch.tensor([1, 0, 1, 1])]
-    logits, *patch_logits = train.Classifier(model, patch_loss)(images, None)
+    logits, patch_logits = train.Classifier(model, patch_loss)(images, None)
     assert torch.equal(logits, model(images))
     tokens = model.forward_features(images)[0][:, 1:]  # (B, N, D)
-    if patch_loss == "none":
-        assert not patch_logits
-        return
     tokens = tokens.mean(1, keepdim=True) if patch_loss == "mean" else tokens
     loss = 0.0
     for image, (species, palette) in enumerate(zip(*labels)):  # 3 species and 2 palettes
@@ -566,8 +500,7 @@ def test_pretraining_may_classify_patch_tokens_too(patch_loss):
             a, b = model.classifier(token).split([3, 2])
             losses = a.logsumexp(0) - a[species] + b.logsumexp(0) - b[palette]
             loss += losses / len(tokens[image])
-    torch.testing.assert_close(train.loss_sum(patch_logits[0], labels, [3, 2], 0.0), loss)
-    assert model(images).shape == (4, 5)
+    torch.testing.assert_close(train.loss_sum(patch_logits, labels, [3, 2], 0.0), loss)
 
 
 @given(samples=st.integers(1, 50), batch_size=st.integers(1, 60), seed=st.integers(0, 3),
@@ -576,16 +509,12 @@ def test_epoch_batches_are_full_disjoint_and_repeatable(samples, batch_size, see
     batch_size = min(batch_size, samples)
     batches = train.epoch_batches(samples, batch_size, seed, epoch)
     flat = [i for batch in batches for i in batch]
-    size = batch_size
-    assert {len(batch) for batch in batches} == {size} and len(batches) == samples // size
+    assert [len(batch) for batch in batches] == [batch_size] * (samples // batch_size)
     assert len(set(flat)) == len(flat) and set(flat) <= set(range(samples))
     assert batches == train.epoch_batches(samples, batch_size, seed, epoch)
-
-
-def test_epochs_and_seeds_shuffle_differently():
-    orders = [train.epoch_batches(1000, 1000, seed, epoch)[0] for seed in (0, 1)
-              for epoch in (0, 1)]
-    assert len({tuple(order) for order in orders}) == 4
+    long = train.epoch_batches(99, 99, seed, epoch)
+    assert train.epoch_batches(99, 99, seed + 1, epoch) != long
+    assert train.epoch_batches(99, 99, seed, epoch + 1) != long
 
 
 @given(total=st.integers(1, 400), share=st.floats(0, 0.1), peak=st.floats(1e-6, 1))
@@ -632,7 +561,7 @@ def test_rates_decay_by_layer():
         assert found[name][0] == scale, name
 
 
-@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("frozen", [0, 1])
 def test_frozen_blocks_do_not_move(tmp_path, frozen):
     out = run(tmp_path / "run", "--freeze-blocks", frozen)
     before, after = weights(out, "pretrained.pt"), weights(out)
@@ -643,14 +572,14 @@ def test_frozen_blocks_do_not_move(tmp_path, frozen):
         assert torch.equal(value, before[name]) == (frozen > 0 and layer <= frozen), name
 
 
-def test_frozen_blocks_take_no_backward_pass(monkeypatch):
+def test_frozen_blocks_take_no_backward_pass():
     model = train.build(vars(train.parse_flags(TINY)), 9)
     train.adamw(model, 0.05, 1.0, frozen=1)
-    tokens, _ = model.forward_features(torch.randn(2, 3, 32, 32))
-    assert tokens.requires_grad and not model.embed(torch.randn(2, 3, 32, 32)).requires_grad
-    model.blocks[0].register_forward_hook(
-        lambda *args: pytest.fail("graph") if args[2][0].requires_grad else None)
+    graphs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *args: graphs.append(args[2][0].requires_grad))
     model(torch.randn(2, 3, 32, 32))
+    assert graphs == [False, True]
 
 
 def test_defaults_are_the_papers():
@@ -699,6 +628,8 @@ def test_defaults_are_the_papers():
     (["--device", "mps"], "mps"), (["--cache", "yes"], "--cache"), (["--compile"], "--compile"),
     (["--patch-loss", "all"], "--patch-loss"), (["--layer-decay", "0"], "--layer-decay"),
     (["--checkpoint-every", "0"], "--checkpoint-every"), (["--eval-every", "0"], "--eval-every"),
+    (["--species", "1"], "--species"), (["--species", "46"], "--species"),
+    (["--species", "12", "--data", "cub", "--root", "CUB"], "--species"),
 ])
 def test_wrong_flags_end_in_one_line_with_status_2(capsys, monkeypatch, flags, name):
     monkeypatch.setattr(train, "train", lambda *_: None)
@@ -737,7 +668,7 @@ def signals_at(monkeypatch, step, *numbers):
 
 
 @pytest.mark.parametrize("numbers, step", [
-    ((signal.SIGTERM,), 6), ((signal.SIGHUP,), 6),
+    ((signal.SIGHUP,), 6),
     ((signal.SIGTERM, signal.SIGINT), 4),  # at once: the state of the last epoch's end
     ((signal.SIGINT, signal.SIGTERM), 6),  # torchrun forwards a SIGTERM after a Ctrl-C
 ], ids=str)
@@ -751,56 +682,26 @@ def test_a_signal_ends_training_after_its_step_a_second_ctrl_c_at_once(
     assert_same_run(run(tmp_path / "run", "--resume"), finished)
 
 
-def test_ctrl_c_ends_an_evaluation_at_once(tmp_path, finished, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "localize", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    message = stops(capsys, *TINY, "--out", tmp_path / "run")
-    assert "stopping after this step" not in message
-    assert weights(tmp_path / "run", "last.pt", "phase") == "pretrain"
-    monkeypatch.undo()
-    assert_same_run(run(tmp_path / "run", "--resume"), finished)
-
-
-def started(process, out, phase="main"):
-    """Waits until the run has logged a step of that phase."""
-    while process.poll() is None:
-        if phase in {entry["phase"] for entry in train.read_log(out)}:
-            return
-        time.sleep(0.02)
-    pytest.fail(process.stderr.read())
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_loading_processes_leave_signals_to_the_run(tmp_path, number):
-    """A terminal's Ctrl-C reaches the whole group."""
-    command = [sys.executable, "train.py", *TINY, "--epochs", 1000, "--cache", "off",
-               "--eval-every", 10**6, "--workers", 1, "--out", tmp_path / "run"]
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, text=True,
-                               stderr=subprocess.PIPE, start_new_session=True)
-    started(process, tmp_path / "run")
+@pytest.mark.parametrize("launcher, number", [
+    ([], signal.SIGINT), ([], signal.SIGTERM), ([], signal.SIGHUP),
+    (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"], signal.SIGTERM)])
+def test_loading_processes_leave_signals_to_the_run(tmp_path, launcher, number):
+    """A terminal's Ctrl-C reaches the whole group; torchrun passes a signal on."""
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "train.py", *TINY, "--epochs", "1000", "--cache", "off",
+         "--eval-every", "1000000", "--workers", "1", "--out", out],
+        cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True)
+    while process.poll() is None and not any(
+            entry["phase"] == "main" for entry in train.read_log(out)):
+        time.sleep(0.02)
     os.killpg(process.pid, number)
     errors = process.communicate()[1]
-    assert process.returncode == 130 and "--resume goes on" in errors
-    assert "Traceback" not in errors
-    log, step = train.read_log(tmp_path / "run"), weights(tmp_path / "run", "last.pt", "step")
-    assert 4 <= max(entry["step"] for entry in log if entry["phase"] == "main") <= step
-
-
-@pytest.mark.full
-def test_sigterm_under_torchrun_saves_and_says_how_to_go_on(tmp_path):
-    process = spawn("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                    "train.py", *TINY, "--epochs", 1000, "--eval-every", 10**6,
-                    "--out", tmp_path / "run")
-    started(process, tmp_path / "run")
-    process.terminate()
-    errors = process.communicate()[1]
     assert process.returncode and "--resume goes on" in errors
-    log, step = train.read_log(tmp_path / "run"), weights(tmp_path / "run", "last.pt", "step")
-    assert 4 <= max(entry["step"] for entry in log if entry["phase"] == "main") <= step
-
-
-def hang(*_):
-    time.sleep(600)
+    assert launcher or "Traceback" not in errors
+    logged = max(entry["step"] for entry in train.read_log(out) if entry["phase"] == "main")
+    assert 4 <= logged <= weights(out, "last.pt", "step")
 
 
 @pytest.mark.parametrize("sent", [None, signal.SIGTERM])
@@ -833,22 +734,13 @@ def test_loading_processes_without_shared_memory_or_files_end_the_run(
     assert "--workers" in line and "ulimit -n allows 40" in line
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(["-OO"], marks=pytest.mark.full)])
-def test_odd_surroundings_do_not_end_a_run(tmp_path, options):
-    """A terminal that shows ASCII alone, variables that are no numbers, no docstrings."""
-    process = spawn(*options, "train.py", *TINY, "--max-steps", 1, "--pretrain-epochs", 0, "--out",
+def test_odd_surroundings_do_not_end_a_run(tmp_path):
+    """A terminal that shows ASCII alone, variables that are no numbers."""
+    process = spawn("train.py", *TINY, "--max-steps", 1, "--pretrain-epochs", 0, "--out",
                     tmp_path / "ünïcode", PYTHONIOENCODING="ascii", LOCAL_WORLD_SIZE="0",
                     LOCAL_RANK="")
     said, errors = process.communicate()
     assert (process.returncode, errors) == (0, "") and "report and pictures in" in said
-
-
-def test_standard_output_that_takes_nothing_is_named(tmp_path):
-    with open("/dev/full", "w") as full:
-        process = subprocess.run([sys.executable, "train.py", *TINY, "--out", tmp_path / "run"],
-                                 cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert process.returncode == 1
-    assert process.stderr == "train.py: error: standard output: No space left on device\n"
 
 
 def test_training_in_a_thread(tmp_path, finished):
@@ -869,23 +761,12 @@ def test_times_are_told_for_the_whole_run_without_warm_up(tmp_path, monkeypatch,
     assert told.split("about ")[1] == "4.8 minutes to go, evaluation included"
 
 
-def test_the_time_left_includes_what_follows_and_no_warm_up(monkeypatch, capsys):
-    clock = iter([0, *range(1000, 4000, 40)])
-    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
-    assert list(common.progress(range(5), "work", later=6, warmup=1)) == [0, 1, 2, 3, 4]
-    lines = capsys.readouterr().err.splitlines()
-    assert "2/5" in lines[0] and f"{(5 - 2 + 6) * 40} s left" in lines[0]
-    assert lines[-1].endswith("160 s")
-
-
 def test_stuck_scores_are_said_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "SCORES_STUCK", 3)
-    means = iter([0.5, 0.001, 0.5] + [0.001] * 5 + [0.999] * 99)
     original = train.mean_figures
-    monkeypatch.setattr(train, "mean_figures", lambda *a: original(*a) | {
-        "score_mean": next(means)})
-    run(tmp_path / "run", "--pretrain-epochs", 0, "--epochs", 3)
+    monkeypatch.setattr(train, "mean_figures", lambda *a: original(*a) | {"score_mean": 0.999})
+    run(tmp_path / "run", "--pretrain-epochs", 0)
     assert capsys.readouterr().out.count("scores are stuck") == 1
 
 
@@ -894,18 +775,9 @@ def test_one_class_alone_is_refused(tmp_path, capsys):
         picture(tmp_path / "data" / split / "alone" / "0.png")
     message = fails(capsys, *TINY, *on_pictures(tmp_path / "data"), "--out", tmp_path / "run")
     assert "one class alone teaches nothing: need two" in message
-    assert not (tmp_path / "run").exists()
 
 
-def test_no_test_takes_a_gpu(monkeypatch):
+def test_no_test_takes_a_gpu():
     """What conftest.py hides from this process and from those that it starts."""
     assert not torch.cuda.is_available() and train.parse_flags([]).device == "cpu"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" == os.environ["HIP_VISIBLE_DEVICES"]
-    empty, gpu = torch.empty, torch.device("cuda", 0)  # without that, on a machine with a GPU:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch, "empty", lambda *a, device=None, **kw: types.SimpleNamespace(
-        device=gpu) if str(device).startswith("cuda") else empty(*a, device=device, **kw))
-    flags = train.parse_flags([])
-    assert (flags.device, flags.amp) == ("cuda:0", "bf16")

@@ -14,6 +14,7 @@ from support.pictures.decode import Decoded, decode
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's, for pixels in 0..255
 STD = 255 * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
+
 def whole_size(img_size) -> tuple[int, int]:
     """(H, W) to which the paper resizes a training picture before it crops img_size (h, w)."""
     return tuple(round(side * 256 / 224) for side in img_size)

@@ -60,7 +60,7 @@ def say(text: str) -> None:
 
 
 class Stop:
-    """Ctrl-C, SIGTERM and a terminal's end: `asked` is set while `in_steps`, so that the loop ends
+    """Ctrl-C, SIGTERM and a terminal's end: `requested` is set while `in_steps`, so that the loop ends
     after its step.
 
     A second Ctrl-C, any of them elsewhere, or a step that does not end, is KeyboardInterrupt. A
@@ -68,7 +68,7 @@ class Stop:
     """
 
     def __init__(self):
-        self.asked = self.in_steps = self.raised = False
+        self.requested = self.in_steps = False
         self.former = {}
 
     def __enter__(self) -> "Stop":
@@ -86,12 +86,11 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number: int, _) -> None:
-        again = self.asked or self.raised
-        if again and number != signal.SIGINT:
+        if self.requested and number != signal.SIGINT:
             return
-        if again or not self.in_steps:
+        if self.requested or not self.in_steps:
             self.end()
-        self.asked = True
+        self.requested = True
         signal.alarm(GRACE)
         if process()[0] == 0:
             with contextlib.suppress(OSError):  # the terminal may be gone
@@ -103,7 +102,7 @@ class Stop:
 
     def end(self, *_) -> None:
         self.step_ended()
-        self.raised = True
+        self.requested = True
         raise KeyboardInterrupt
 
 
@@ -113,7 +112,7 @@ class Stop:
 @contextlib.contextmanager
 def hold(out: Path, resume: bool | str | None) -> Iterator[None]:
     """Makes the folder and keeps other processes from writing into it until the end, however that
-    comes. What was made goes where nothing was written.
+    comes. What was made goes where no run began.
 
     Raises ValueError where another process holds it, or a file would be replaced that is not this
     run's. Processes that load images do not inherit the lock.
@@ -121,10 +120,11 @@ def hold(out: Path, resume: bool | str | None) -> Iterator[None]:
     if process()[0] > 0:  # rank 0 holds it for all
         yield
         return
-    made, known = not os.path.lexists(out), (out / ".lock").exists()
+    refuse(out, resume)
+    lock, made = out / ".lock", not out.exists()
+    known = lock.exists()
     out.mkdir(parents=True, exist_ok=True)
-    before = written(out)
-    with open(out / ".lock", "a") as file:
+    with open(lock, "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -133,40 +133,33 @@ def hold(out: Path, resume: bool | str | None) -> Iterator[None]:
                                  "end, or give another folder") from None
             say(f"note: {out} cannot be locked ({error.strerror}): start one train.py alone there")
         try:
-            refuse(out, resume, known)
             yield
         finally:
-            if not known and written(out) == before:
-                (out / ".lock").unlink(missing_ok=True)
-                if made:
-                    with contextlib.suppress(OSError):
-                        out.rmdir()
+            if not known and not (out / "config.json").exists():
+                lock.unlink(missing_ok=True)
+                if made and not os.listdir(out):
+                    out.rmdir()
 
 
-def written(out: Path) -> list[str]:
-    """The files of a run that are there, whoever wrote them."""
-    return [name for name in RESULTS + STARTED if os.path.lexists(out / name)]
-
-
-def refuse(out: Path, resume: bool | str | None, known: bool) -> None:
+def refuse(out: Path, resume: bool | str | None) -> None:
     """Raises ValueError where this run would replace a file that is not its own.
 
-    known: train.py was here before, so that files of a run before its first last.pt are its own.
+    The lock tells that train.py was here: what a run has before its first last.pt is its own then.
     """
-    source = Path(resume) if isinstance(resume, str) else out / "last.pt"
-    continued = bool(resume) and source.parent.resolve() == out.resolve()
-    if os.path.lexists(out / "last.pt") and not continued:
+    last = out / "last.pt"
+    source = Path(resume) if isinstance(resume, str) else last
+    continued = resume and source.parent.resolve() == out.resolve()
+    if os.path.lexists(last) and not continued:
         raise ValueError(f"--out: {out} already holds a run: continue it with --resume, or give "
                          "another folder")
-    if not continued or not os.path.lexists(source):
-        for name in written(out):
-            if not known or name not in STARTED:
-                raise ValueError(f"--out: {out / name} exists and no last.pt to continue: it is "
-                                 "not replaced: give another folder")
-    for name in PICTURES:
-        if os.path.lexists(out / name) and not is_ours(out / name):
-            raise ValueError(f"--out: {out / name} was not written by this project and is not "
-                             "replaced: give another folder")
+    others = [] if continued and os.path.lexists(source) else [*RESULTS]
+    if others and not (out / ".lock").exists():
+        others += STARTED
+    others += [name for name in PICTURES if not is_ours(out / name)]
+    for name in others:
+        if os.path.lexists(out / name):
+            raise ValueError(f"--out: {out / name} is of no run that goes on here, from a last.pt: "
+                             "it is not replaced: give another folder")
 
 
 def write_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -191,10 +184,8 @@ def read_log(out: Path) -> list[dict]:
     """The entries of log.jsonl; a line cut short by a kill is left out."""
     entries, path = [], out / "log.jsonl"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            PHASES.index(entry["phase"]), entry["step"] + 0
-            entries.append(entry)
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
     return entries
 
 
@@ -235,12 +226,12 @@ def find_saved(out: Path, resume: bool | str | None, config: dict) -> dict | Non
         say(f"--resume: no run in {out} yet: this one starts afresh")
         return None
     saved = read_weights(path)
-    kinds = {"config": dict, "metrics": dict, "step": int, "classes": list}
-    if saved.get("phase") not in PHASES or not all(
-            isinstance(saved.get(key), kind) for key, kind in kinds.items()):
-        raise ValueError(f"{path}: no phase, config or step in it: need a last.pt of train.py")
-    if "optimizer" not in saved:
-        raise ValueError(f"{path}: holds no optimizer to resume with: need the run's last.pt")
+    needed = {"config": dict, "metrics": dict, "step": int, "classes": list, "data": dict,
+              "optimizer": dict}
+    lacking = [name for name, kind in needed.items() if not isinstance(saved.get(name), kind)]
+    if lacking or saved.get("phase") not in PHASES:
+        raise ValueError(f"{path}: holds no {', '.join(lacking) or 'phase'} to resume with: need "
+                         "the run's last.pt")
     former = saved["config"]
     if config["epochs"] is None:  # chosen by the number of pictures, which must be the same
         config["epochs"] = former.get("epochs")
@@ -276,19 +267,13 @@ def restore(saved: dict, model, optimizer, scaler) -> tuple[int, dict, dict]:
 
 def check_data(saved: dict, classes: list[str], images: int, digest: str) -> None:
     """Raises ValueError where the checkpoint was trained on other classes or pictures."""
-    path, known = saved["path"], saved["classes"]
-    if known != list(classes):
-        names = [(a, b) for a, b in zip(known, classes) if a != b]
-        what = (f"class {names[0][0]!r} is now {names[0][1]!r}" if names
-                else f"{len(known)} classes then, {len(classes)} now")
-        raise ValueError(f"--resume: {path} was trained on other data: {what}")
-    now, then = {"images": images, "digest": digest}, saved.get("data")
-    if then is not None and then != now:
-        before = then.get("images") if isinstance(then, dict) else None
-        what = f"{before} training pictures then, {images} now"
-        if before == images:
-            what = "other file names or labels among its training pictures"
-        raise ValueError(f"--resume: {path} was trained on other data: {what}")
+    data = {"images": images, "digest": digest}
+    if saved["classes"] != list(classes) or saved["data"] != data:
+        then = f"{len(saved['classes'])} classes, {saved['data'].get('images')} training pictures"
+        now = f"{len(classes)} classes, {images} training pictures"
+        names = "; other file names, labels or classes" * (then == now)
+        raise ValueError(f"--resume: {saved['path']} was trained on other data: {then} then, {now} "
+                         f"now{names}")
 
 
 def adopt(saved: dict, out: Path) -> None:
