@@ -42,7 +42,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from ptx_instructions import INSTRUCTIONS, REGISTERS, SIGNED, TYPES, UNSIGNED, Fault, narrow, widen
+from ptx_instructions import INSTRUCTIONS, REGISTERS, SIGNED, TYPES, UNSIGNED, Fault
 
 # ---------------------------------------------------------------------------- text to instructions
 
@@ -202,6 +202,7 @@ class Program:
         self.registers, self.constants = {}, {}
         self.copies, self.copy_groups = [], []  # cp.async: not yet committed; committed
         self.products, self.product_groups = [], []  # wgmma, likewise
+        self.under_way = {}  # the last wgmma that is not done, by the registers that it writes
         # registers touched since the last wgmma.fence; "": nothing is ordered before the first one
         self.unordered = {""}
         self.barrier()
@@ -216,7 +217,9 @@ class Program:
         self.unordered.add(name)
         value = self.registers.get(name)
         if value is None:
-            return self.constant(name, kind)
+            if (name, kind) not in self.constants:
+                self.constants[name, kind] = self.constant(name, kind)
+            return self.constants[name, kind]
         dtype = TYPES[kind]
         if dtype == bool:
             return value
@@ -225,24 +228,15 @@ class Program:
         return value.view(dtype)
 
     def constant(self, name: str, kind: str):
-        if (name, kind) not in self.constants:
-            dtype, n = TYPES[kind], self.threads
-            if name in self.special:
-                value = np.broadcast_to(self.special[name], n).astype(dtype)
-            elif name.startswith("%"):  # never written
-                value = np.full(n, kind != "pred" and -1).astype(SIGNED.get(dtype.itemsize))
-                value = np.zeros(n, bool) if kind == "pred" else value.view(dtype)
-            elif name[:2] in ("0f", "0F", "0d", "0D"):  # a float's bits
-                unsigned = UNSIGNED[len(name) // 2 - 1]
-                value = np.full(n, int(name[2:], 16), unsigned).view(f"f{len(name) // 2 - 1}")
-                value = value.view(dtype) if dtype.kind == "u" else value.astype(dtype)
-            elif kind == "pred":
-                value = np.full(n, int(name, 0) != 0)
-            else:
-                bits = int(name.rstrip("U"), 0) & (1 << 8 * dtype.itemsize) - 1
-                value = np.full(n, bits, UNSIGNED[dtype.itemsize]).view(dtype)
-            self.constants[name, kind] = value
-        return self.constants[name, kind]
+        """A special register, one that was never written (garbage), a float's bits, an integer."""
+        if name in self.special:
+            value = self.special[name]
+        elif name.startswith("%"):
+            value = 0 if kind == "pred" else -1
+        else:
+            value = int(name[2:], 16) if name[:2] in ("0f", "0F") else int(name.rstrip("U"), 0)
+        value, dtype = np.broadcast_to(np.array(value), self.threads), TYPES[kind]
+        return value != 0 if dtype == bool else value.astype(UNSIGNED[dtype.itemsize]).view(dtype)
 
     def put(self, name: str, value, active=None):
         """Into a register: a wider one gets the sign of signed numbers, zeros above others."""
@@ -259,14 +253,6 @@ class Program:
             value = np.where(active, value, self.get(name, f"b{8 * size}" if size else "pred"))
         self.registers[name] = value
         self.unordered.add(name)
-
-    def floats(self, name: str, kind: str):
-        value = self.get(name, kind)
-        return widen(value) if kind == "bf16" else value
-
-    def put_floats(self, name: str, value, kind: str, active=None):
-        value = narrow(value) if kind == "bf16" else value.astype(TYPES[kind], copy=False)
-        self.put(name, value.view(UNSIGNED[value.itemsize]), active)
 
     def address(self, address: Address, kind: str):
         if address.base in self.arguments:
@@ -285,7 +271,7 @@ class Program:
                     active = self.get(step.predicate, "pred") ^ step.negated
                 name = step.parts[0]
                 try:
-                    if name in ("bra", "ret", "exit"):
+                    if name in ("bra", "ret"):
                         if active.any() and not active.all():
                             raise Fault("threads of one program branch differently")
                         if active.all() and name != "bra":

@@ -20,10 +20,10 @@ class Fault(Exception):
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-REGISTERS = {"r": 4, "rd": 8, "rs": 2, "f": 4, "fd": 8, "p": 0}  # bytes, by a name's first letters
+REGISTERS = {"r": 4, "rd": 8, "rs": 2, "f": 4, "p": 0}  # bytes, by a name's first letters
 TYPES = {f"{letter}{8 * size}": np.dtype(kinds[size])
          for letter, kinds in (("b", UNSIGNED), ("u", UNSIGNED), ("s", SIGNED)) for size in kinds}
-TYPES |= {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32), "f64": np.dtype(np.float64),
+TYPES |= {"f16": np.dtype(np.float16), "f32": np.dtype(np.float32),
           "bf16": np.dtype(np.uint16), "pred": np.dtype(bool)}  # numpy has no bfloat16
 
 
@@ -46,15 +46,21 @@ def flush(values):
     return np.where(tiny, np.copysign(np.float32(0), values), values).astype(np.float32)
 
 
-def halves(words, kind):
-    """32-bit registers (..) as pairs of f16 or bf16 numbers, low half first: float32 (.., 2)."""
-    pairs = np.ascontiguousarray(words).view(np.uint16).reshape(*words.shape, 2)
-    return widen(pairs) if kind == "bf16" else pairs.view(np.float16).astype(np.float32)
+def rounded(values, kind):
+    """Numbers as those of another type, bfloat16 as bits."""
+    return narrow(values) if kind == "bf16" else values.astype(TYPES[kind])
 
 
-def tf32(words):
-    """Tensor cores read the upper 19 bits of a float32."""
-    return (words & np.uint32(0xFFFFE000)).view(np.float32)
+def exact(bits, kind):
+    """What tensor cores read, in float32. Of tf32 that is the upper 19 bits."""
+    if kind == "tf32":
+        return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+    return widen(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
+
+
+def size_of(kind):
+    """Bytes of one operand's number in a matrix product."""
+    return 4 if kind == "tf32" else 2
 
 
 # ------------------------------------------------------------------------------- moves, conversions
@@ -91,21 +97,18 @@ def move(program, step, active):
 
 
 def convert(program, step, active):
-    """cvt of integers, and to floats. Two floats are packed with the first in the high half."""
+    """cvt. Two floats are packed with the first in the high half."""
     to, *sources = step.operands
     target, source = step.parts[-2:]
-    if target in ("f16x2", "bf16x2"):
-        high, low = (program.get(name, "f32") for name in sources)
-        pair = np.stack([low, high], 1)
-        pair = narrow(pair) if target == "bf16x2" else pair.astype(np.float16)
-        program.put(to, pair.view(np.uint32)[:, 0], active)
+    if target.endswith("x2"):
+        pair = [rounded(program.get(name, "f32"), target[:-2]) for name in reversed(sources)]
+        program.put(to, np.stack(pair, 1).view(np.uint32)[:, 0], active)
     elif target == "tf32":  # to nearest, ties away from zero, in the upper 19 bits
         bits = program.get(sources[0], "b32").astype(np.uint64)
         program.put(to, ((bits + 0x1000) & 0xFFFFE000).astype(np.uint32), active)
-    elif target in ("f16", "bf16", "f32"):
-        program.put_floats(to, program.floats(sources[0], source), target, active)
     else:
-        program.put(to, program.get(sources[0], source).astype(TYPES[target]), active)
+        value = program.get(sources[0], source)
+        program.put(to, rounded(widen(value) if source == "bf16" else value, target), active)
 
 
 def select(program, step, active):
@@ -142,32 +145,28 @@ def fused(a, b, c):
 
 INTEGER = {
     "add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "min": np.minimum,
-    "max": np.maximum, "div": quotient,
+    "xor": np.bitwise_xor, "not": np.invert, "neg": np.negative, "max": np.maximum, "div": quotient,
 }
 FLOAT = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "fma": fused,
-    "min": np.fmin, "max": np.fmax, "ex2": np.exp2, "lg2": np.log2,
+    "min": np.fmin, "max": np.fmax,
+    "ex2": lambda x: np.exp2(x.astype(np.float64)),  # correctly rounded
 }
 
 
 def arithmetic(program, step, active):
     """One function of all operands."""
     name, kind = step.parts[0], step.type
+    values = [program.get(x, "b32" if kind == "s16x2" else kind) for x in step.operands[1:]]
     if kind == "s16x2":
-        words = [program.get(x, "b32").view(np.int16) for x in step.operands[1:]]
-        program.put(step.operands[0], INTEGER[name](*words).view(np.uint32), active)
-    elif kind == "f32":
-        values = [program.get(x, kind) for x in step.operands[1:]]
-        if "ftz" in step.parts:
-            values = [flush(value) for value in values]
-        if name in ("ex2", "lg2"):  # correctly rounded through float64
-            values = [value.astype(np.float64) for value in values]
-        result = FLOAT[name](*values).astype(np.float32)
-        program.put(step.operands[0], flush(result) if "ftz" in step.parts else result, active)
+        result = INTEGER[name](*(value.view(np.int16) for value in values)).view(np.uint32)
+    elif kind != "f32":
+        result = INTEGER[name](*values)
+    elif "ftz" in step.parts:
+        result = flush(FLOAT[name](*map(flush, values)).astype(np.float32))
     else:
-        values = [program.get(x, kind) for x in step.operands[1:]]
-        program.put(step.operands[0], INTEGER[name](*values), active)
+        result = FLOAT[name](*values).astype(np.float32)
+    program.put(step.operands[0], result, active)
 
 
 def multiply(program, step, active):
@@ -281,17 +280,17 @@ def finish_copy(program, to, source, size, count, active):
 
 
 def barrier(program, step, active):
-    """All threads of the program wait for each other; bar.warp: a warp's, which always do."""
-    if step.parts[1] != "warp":
-        if step.operands != ["0"]:
-            raise Fault("only the barrier of all threads is known")
-        program.barrier()
+    """All threads of the program wait for each other."""
+    if step.parts[1:] != ["sync"] or step.operands != ["0"]:
+        raise Fault("unknown instruction")
+    program.barrier()
 
 
 def fence(program, step, active):
-    """fence.proxy.async: shared memory stored so far may be read by wgmma. Others order nothing."""
-    if step.parts[1:3] == ["proxy", "async"]:
-        program.shared.regions[0].unfenced[:] = False
+    """fence.proxy.async: shared memory stored so far may be read by wgmma."""
+    if step.parts[1:3] != ["proxy", "async"]:
+        raise Fault("unknown instruction")
+    program.shared.regions[0].unfenced[:] = False
 
 
 def shuffle(program, step, active):
@@ -337,10 +336,9 @@ def store_matrix(program, step, active):
 
 def fragments(program, names, kind):
     """Registers as matrices (warps, 8, 8) of 16-bit numbers or (warps, 8, 4) of tf32."""
-    words = [program.get(name, "b32").reshape(-1, 8, 4) for name in names]
-    if kind == "tf32":
-        return [tf32(w) for w in words]
-    return [halves(w, kind).reshape(-1, 8, 8) for w in words]
+    size = size_of(kind)
+    words = [program.get(name, "b32").view(UNSIGNED[size]) for name in names]
+    return [exact(w, kind).reshape(-1, 8, 16 // size) for w in words]
 
 
 def left_operand(program, names, kind):
@@ -404,7 +402,7 @@ def warp_group(program, step, active):
         registers = {"", *d, *(a if isinstance(a, tuple) else ())}
         if registers & program.unordered:
             raise Fault("wgmma uses registers touched since the last wgmma.fence")
-        before = under_way(program, d)
+        before = program.under_way.get(d)
         start = before.result if before else accumulator(program, d)
         if not program.get(scale, "pred").any():
             start = np.zeros_like(start)
@@ -412,7 +410,8 @@ def warp_group(program, step, active):
                        for i, x in ((1, a), (2, b)) if isinstance(x, str)}
         operands = product_operands(program, step, descriptors)
         result = product(*operands, start)
-        program.products.append(Product(step, descriptors, operands, result))
+        program.under_way[d] = Product(step, descriptors, operands, result)
+        program.products.append(program.under_way[d])
         put_result(program, d, np.full((len(d), program.threads), 0xFFFFFFFF, np.uint32))
     else:
         raise Fault("unknown instruction")
@@ -423,13 +422,6 @@ def put_result(program, names, values):
     for name, value in zip(names, values):
         program.put(name, value)
     program.unordered.difference_update(names)
-
-
-def under_way(program, names) -> Product | None:
-    """The last wgmma that writes these registers and has not been waited for."""
-    jobs = [*itertools.chain(*program.product_groups), *program.products]
-    writers = [job for job in jobs if set(job.step.operands[0]) & set(names)]
-    return writers[-1] if writers else None
 
 
 def accumulator(program, names):
@@ -461,8 +453,9 @@ def finish_product(program, job):
     operands = product_operands(program, job.step, job.descriptors)
     if not all(map(functools.partial(np.array_equal, equal_nan=True), operands, job.operands)):
         raise Fault(f"changed before it was waited for: an operand of {job.step.text}")
-    if under_way(program, d):  # a later group adds to it, so the registers stay garbage
+    if program.under_way[d] is not job:  # a later one adds to it, so the registers stay garbage
         return
+    del program.under_way[d]
     result = job.result.reshape(-1, 4, 2, 8, n // 8, 4, 2)
     put_result(program, d, result.transpose(0, 1, 3, 5, 4, 2, 6).reshape(program.threads, -1).T)
 
@@ -473,7 +466,7 @@ def shared_operand(program, descriptors, rows, k, kind, transposed):
     Atoms of 8 rows of 32, 64 or 128 bytes, in which 16-byte pieces are permuted by the row. Rows
     are those of the operand, or of its transpose.
     """
-    size = 4 if kind == "tf32" else 2
+    size = size_of(kind)
     i, j = np.indices((rows, k))
     places = []
     for bits in descriptors.tolist():
@@ -495,16 +488,14 @@ def shared_operand(program, descriptors, rows, k, kind, transposed):
         raise Fault("wgmma reads shared memory that was not fenced")
     who = np.uint32(15) << 4 * np.repeat(np.arange(len(descriptors), dtype=np.uint32), rows * k)
     data = program.shared.access(places, size, np.ones(len(places), bool), who)
-    words = data.view(UNSIGNED[size]).reshape(-1, rows, k)
-    return tf32(words) if kind == "tf32" else (
-        widen(words) if kind == "bf16" else words.view(np.float16).astype(np.float32))
+    return exact(data.view(UNSIGNED[size]), kind).reshape(-1, rows, k)
 
 
 INSTRUCTIONS = {
     **dict.fromkeys([*INTEGER, *FLOAT], arithmetic), "mul": multiply, "mad": multiply,
     "shl": shift, "shr": shift, "bfe": extract_bits, "prmt": permute_bytes,
-    "mov": move, "cvta": move, "cvt": convert, "selp": select, "setp": compare,
-    "ld": load, "st": store, "cp": copy_async, "bar": barrier, "barrier": barrier, "fence": fence,
+    "mov": move, "cvt": convert, "selp": select, "setp": compare,
+    "ld": load, "st": store, "cp": copy_async, "bar": barrier, "fence": fence,
     "shfl": shuffle, "ldmatrix": load_matrix, "stmatrix": store_matrix, "mma": multiply_matrices,
     "wgmma": warp_group,
 }

@@ -41,8 +41,6 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
     ("cvt.u16.u32 %rs1, %r1; sub.s16 %rs2, 7, %rs1; cvt.u32.u16 %r2, %rs2;", (7 - I) % 2**16),
     ("cvt.u16.u32 %rs1, %r1; mul.lo.s16 %rs2, %rs1, 3000; cvt.u32.u16 %r2, %rs2;",
      3000 * I % 2**16),
-    ("cvt.u16.u32 %rs1, %r1; mad.lo.s16 %rs2, %rs1, %rs1, -1; cvt.u32.u16 %r2, %rs2;",
-     (I * I - 1) % 2**16),
     ("cvt.u16.u32 %rs1, %r1; mul.hi.u16 %rs2, %rs1, 0x4000; cvt.u32.u16 %r2, %rs2;", I // 4),
     ("cvt.u16.u32 %rs1, %r1; mul.wide.u16 %r2, %rs1, 50000;", 50000 * I),
     ("cvt.u16.u32 %rs1, %r1; max.u16 %rs2, %rs1, 9; and.b16 %rs3, %rs2, 14; or.b16 %rs4, %rs3, 64;"
@@ -152,7 +150,7 @@ def execute(body, warps=1, shared=4096, grid=(1,), inputs=(), words=1):
      "ld.global.b16 %rs2, [%rd2]; ld.global.b32 %r3, [%rd2]; cvt.u32.u16 %r4, %rs2; "
      "add.s32 %r2, %r3, %r4;", 9 * 2**16 + 2 * I),
     ("and.b32 %r3, %r1, 7; mad.wide.u32 %rd3, %r3, 16, %rd1; setp.lt.u32 %p1, %r1, 8; "
-     "@%p1 st.global.v4.b32 [%rd3], {%r1, 5, 6, 7}; bar.warp.sync -1; "
+     "@%p1 st.global.v4.b32 [%rd3], {%r1, 5, 6, 7}; "
      "ld.global.v2.b32 {%r4, %r5}, [%rd3]; ld.global.b64 %rd4, [%rd3+8]; cvt.u32.u64 %r6, %rd4; "
      "ld.global.v4.b32 {%r7, %r8, %r9, %r10}, [%rd3]; mad.lo.s32 %r11, %r4, %r5, %r6; "
      "mad.lo.s32 %r2, %r7, %r10, %r11;", I % 8 * 12 + 6),
