@@ -307,30 +307,33 @@ def shuffle(program, step, active):
 # bits: registers (n) are matrices (warps, 8, 4).
 
 
-def matrix_rows(program, step, address, number):
+def matrix_rows(program, address, number):
     """The addresses of the 8 rows of a matrix: lanes 8 i .. 8 i + 7 give those of matrix i."""
     rows = program.address(address, "u32").reshape(-1, 32)[:, 8 * number : 8 * number + 8]
     who = np.uint32(1) << np.arange(rows.size, dtype=np.uint32) // 8
     return rows.reshape(-1), np.ones(rows.size, bool), who
 
 
+def turned(step, matrices):
+    """Matrices of 16-bit numbers (.., 8, 8), with .trans transposed."""
+    return np.ascontiguousarray(matrices.mT) if "trans" in step.parts else matrices
+
+
 def load_matrix(program, step, active):
-    """ldmatrix: 8 x 8 matrices of 16-bit numbers from shared memory, .trans: transposed."""
+    """ldmatrix: 8 x 8 matrices from shared memory."""
     for number, name in enumerate(step.operands[0]):
-        rows, every, who = matrix_rows(program, step, step.operands[1], number)
-        matrix = program.shared.access(rows, 16, every, who).view(np.uint16).reshape(-1, 8, 8)
-        if "trans" in step.parts:
-            matrix = np.ascontiguousarray(matrix.mT)
-        program.put(name, matrix.view(np.uint32).reshape(-1))
+        rows, every, who = matrix_rows(program, step.operands[1], number)
+        data = program.shared.access(rows, 16, every, who)
+        matrices = turned(step, data.view(np.uint16).reshape(-1, 8, 8))
+        program.put(name, matrices.view(np.uint32).reshape(-1))
 
 
 def store_matrix(program, step, active):
-    """stmatrix, its inverse, of matrices that are not transposed."""
-    if "trans" in step.parts:
-        raise Fault("unknown instruction")
+    """stmatrix: its inverse."""
     for number, name in enumerate(step.operands[1]):
-        rows, every, who = matrix_rows(program, step, step.operands[0], number)
-        data = program.get(name, "b32").view(np.uint8).reshape(-1, 16)
+        rows, every, who = matrix_rows(program, step.operands[0], number)
+        matrices = program.get(name, "b32").view(np.uint16).reshape(-1, 8, 8)
+        data = turned(step, matrices).view(np.uint8).reshape(-1, 16)
         program.shared.access(rows, 16, every, who, data)
 
 

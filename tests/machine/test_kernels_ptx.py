@@ -51,7 +51,7 @@ def small(case) -> bool:
 @each_property
 def test_drawn_cases_of_compiled_kernels(check, dtype, sm):
     with ptx.emulated(sm):
-        hold(check, dtype, 5, small)
+        hold(check, dtype, 2, small)
 
 
 @full

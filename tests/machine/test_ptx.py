@@ -228,8 +228,7 @@ def test_matrices_of_8_rows(count, trans):
     found = execute(HALVES + load + OUT_FOUR, words=4).reshape(32, 4)
     np.testing.assert_array_equal(found[:, :count], matrix_words(bool(trans))[:, :count])
     # stored with the same addresses they are where they were, among zeros
-    load = load.replace(".trans", "")
-    store = f"stmatrix.sync.aligned.m8n8.x{count}.shared.b16 [%r9], {{{names}}}; "
+    store = f"stmatrix.sync.aligned.m8n8.x{count}{trans}.shared.b16 [%r9], {{{names}}}; "
     zeros = "st.shared.v4.b32 [%r3], {0, 0, 0, 0}; "
     again = "ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r3]; "
     found = execute(HALVES + load + zeros + store + again + OUT_FOUR, words=4)

@@ -143,12 +143,12 @@ IN_DEFAULT_RUN = ("class maps", "bfloat16", 90)
 @pytest.mark.parametrize("name, dtype, sm", [
     pytest.param(*run, marks=[] if run == IN_DEFAULT_RUN else pytest.mark.full) for run in RUNS])
 def test_some_of_the_planted_faults_are_seen(name, dtype, sm):
-    """Five kinds of those of which the table says that all of the kind in that kernel are seen."""
+    """Three kinds of those of which the table says that all of the kind in that kernel are seen."""
     certain = {(row["kernel"], row["fault"]) for row in json.loads(TABLE.read_text())["rows"]
                if (row["check"], row["dtype"], row["sm"]) == (name, dtype, sm)
                and row["planted"] == row["seen"]}
     faults = {where: seen for where, seen in planted(name, dtype, sm) if where in certain}
-    for where in random.Random(0).sample(sorted(faults), 5):
+    for where in random.Random(0).sample(sorted(faults), 3):
         assert faults[where](), where
 
 
