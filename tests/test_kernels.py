@@ -24,7 +24,6 @@ from kernel_properties import (
     DEIT_SMALL, DTYPES, LAYOUTS, PROPERTIES, AttentionCase, ConvCase, attention_inputs,
     check_aggregate_attention, check_attention, check_class_ids, check_class_maps, check_class_row,
     check_dynamic_conv2d, check_dynamic_conv_logits, hold, in_bounds, laid_out, unit,
-    with_gradients,
 )
 from kernels import cdm, checks, reference, rpam
 
@@ -357,32 +356,32 @@ def far(tmp_path):
     return place
 
 
+def localisation(q, k, v):
+    return kernels.attention(q, k, v, relation=True)
+
+
+def training(q, k, v):
+    """M^c and its gradients."""
+    leaves = [q.requires_grad_(), k.requires_grad_()]
+    cls_attn = kernels.attention(*leaves, v)[1]
+    return [cls_attn, *gradients(cls_attn, leaves)]
+
+
 @pytest.mark.parametrize("axis", [0, 1], ids=["images", "heads"])
-@pytest.mark.parametrize("name, d", [
-    ("one pass", 8), ("two passes", 72), ("class row", 8), ("aggregate_attention", 8)])
-def test_attention_of_images_and_heads_far_apart(name, d, axis, far):
+@pytest.mark.parametrize("function, d", [
+    pytest.param(localisation, 8, id="one pass"), pytest.param(localisation, 72, id="two passes"),
+    (training, 8), (kernels.aggregate_attention, 8)])
+def test_attention_of_images_and_heads_far_apart(function, d, axis, far):
     """Results and gradients are those of the same values side by side."""
     q, k, v = (t.half() for t in attention_inputs(AttentionCase(
         B=3, S=3, N=5, d=d, layouts=("contiguous",) * 3)))
     inputs = (q, k, v)
-    if name == "aggregate_attention":
-        inputs, function = [(q @ k.mT).softmax(-1)], kernels.aggregate_attention
-    elif name == "class row":
-        function = lambda *qkv, **options: kernels.attention(*qkv, **options)[1]
-    else:
-        function = functools.partial(kernels.attention, relation=True)
-
-    def run(convert):
-        wanted = range(2) if name == "class row" else []
-        upstream = [torch.ones(3, 6)]
-        on_triton = functools.partial(function, backend="triton")
-        found = with_gradients(on_triton, lambda t: t, map(convert, inputs), upstream, wanted)
-        return [t for t in found if t is not None]
-
-    near = run(lambda t: t)
-    with in_bounds():
-        far_away = run(lambda t: far(t, axis))
-    assert all(map(torch.equal, near, far_away))
+    if function is kernels.aggregate_attention:
+        inputs = [(q @ k.mT).softmax(-1)]
+    with in_bounds(), kernels.use_backend("triton"):
+        far_apart = function(*(far(t, axis) for t in inputs))
+        together = function(*inputs)
+    assert all(map(torch.equal, far_apart, together))
 
 
 @pytest.mark.parametrize("name", OPERATORS[2:])
@@ -430,14 +429,13 @@ def test_use_backend():
         return launch.called
 
     assert not triton_runs() and triton_runs(backend="triton")
-    with kernels.use_backend("triton"):
+    with kernels.use_backend("triton"), kernels.use_backend("torch"):
+        assert not triton_runs() and triton_runs(backend="triton")
+    with pytest.raises(KeyError), kernels.use_backend("triton"):
         assert triton_runs() and not triton_runs(backend="torch")
-        with kernels.use_backend("torch"):
-            assert not triton_runs() and triton_runs(backend="triton")
         with kernels.use_backend(None):
             assert not triton_runs()
         assert triton_runs()
-    with pytest.raises(KeyError), kernels.use_backend("triton"):
         raise KeyError
     assert not triton_runs()
 

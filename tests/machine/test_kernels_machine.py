@@ -98,15 +98,6 @@ def test_times_table(monkeypatch):
         assert row["roofline"] == pytest.approx(max(moved / 2**29, operations / (2 * 8192**3)))
 
 
-@pytest.mark.parametrize("eager", [0.1, 5.0])
-def test_short_calls_are_timed_in_a_cuda_graph(eager, monkeypatch):
-    import triton.testing
-
-    monkeypatch.setattr(triton.testing, "do_bench", lambda function: eager)
-    monkeypatch.setattr(triton.testing, "do_bench_cudagraph", lambda function: 0.01)
-    assert benchmark.milliseconds(lambda: None) == (0.01 if eager < 1 else eager)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_benchmark_says_what_it_lacks():
     ended = run_benchmark()
