@@ -123,7 +123,7 @@ LAYER_SCALES = {  # x + gamma * (W x + b), under DINOv2's and timm's names, BEiT
     ".ls1.gamma": ".attn.proj", ".gamma_1": ".attn.proj",
     ".ls2.gamma": ".mlp.fc2", ".gamma_2": ".mlp.fc2",
 }
-STATEMENTS = {  # what a file may state beside its weights: how many numbers, above what, their type
+STATEMENTS = {  # what a file may state beside its weights: how many numbers, above what, of a type
     "num_heads": (1, 0, int, "a whole number above 0"),
     "grid": (2, 0, int, "2 whole numbers above 0"),
     "mean": (3, -math.inf, float, "3 numbers"),
@@ -409,15 +409,14 @@ def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
     checkpoint, path = read_weights(path), str(path)
     if "config" not in checkpoint:
         return external(checkpoint, path)
+    config = checkpoint["config"] if isinstance(checkpoint["config"], dict) else {}
     missing = [key for key in ("model", "classes", "phase") if key not in checkpoint]
+    missing += [f"config's {flag}" for flag in flags if flag not in config]
     if missing:
-        raise ValueError(f"{path}: no {', '.join(missing)} in it: need a checkpoint of train.py")
+        raise ValueError(f"{path}: lacks {', '.join(missing)}: need a checkpoint of train.py")
     if checkpoint["phase"] != "main":
         raise ValueError(f"{path}: still in its pretraining phase: let train.py --resume finish it")
-    state, config = find_state(checkpoint, path), checkpoint["config"]
-    missing = [flag for flag in flags if not isinstance(config, dict) or flag not in config]
-    if missing:
-        raise ValueError(f"{path}: config: lacks {', '.join(missing)}: need train.py's")
+    state = find_state(checkpoint, path)
     check_config(config, checkpoint["classes"], state, path)
     return checkpoint | {"model": state, "classes": list(map(nfc, checkpoint["classes"]))}
 

@@ -225,6 +225,8 @@ def place_boxes(
         return boxes, UNSTATED
     if stated == upright[::-1] != stored:
         return boxes, ""
+
+    # the picture that has the boxes, as it was annotated or in another size
     frames = [stated] if stated in (upright, stored) else [upright, stored]
     frame = next((frame for frame in frames if same_aspect(stated, frame)), None)
     if not frame:
@@ -232,6 +234,8 @@ def place_boxes(
         raise DataError(f"{where}: states a size of {stated[0]} x {stated[1]}, but {picture} is "
                         f"{stored[0]} x {stored[1]}{turned}: needs boxes of that picture, or of a "
                         "copy in the same aspect")
+
+    # scaled to it, then turned with it
     boxes = [scale_box(box, frame[0] / stated[0], frame[1] / stated[1]) for box in boxes]
     if frame != upright:
         boxes = [turn_box(box, stored, orientation) for box in boxes]

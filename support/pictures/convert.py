@@ -32,8 +32,8 @@ from support.pictures.folders import SUFFIXES, images_below
 
 UNMATCHED = "annotations have no image below --root that is theirs alone and are left out"
 UNUSABLE = "files or images cannot be used and are left out"
-NO_BOX = ("boxes have no area, no numbers, another unit, no known class or are of a crowd, and are "
-          "left out")
+NO_BOX = ("boxes have no area, no numbers, another unit, no known class or image, or are of a "
+          "crowd, and are left out")
 OTHER_CLASS = "boxes are of another class than their image's folder and are left out"
 SEVERAL = ("images have boxes of several classes, none of which is named like their folder: all "
            "are kept")
@@ -42,8 +42,8 @@ BEYOND = "boxes reach beyond their images and are cut"
 WRONG_UNIT = ("most boxes do not lie within their images: are they in another unit, or corners "
               "where widths and heights are needed?")
 
+SHARES = "shares"  # a frame: 0 to 1 of the upright picture's width and height
 Remarks = dict[str, list]  # {what there is to say: of which files, lines or images}
-SHARES = "shares"
 
 
 class Annotation(NamedTuple):
@@ -52,8 +52,7 @@ class Annotation(NamedTuple):
     where: str  # what notes and errors name
     names: list[str]  # paths that the picture may have, the likeliest first, perhaps without ending
     boxes: list[tuple[str, tuple]]  # (class, (xmin, ymin, xmax, ymax)), at least one
-    # the size of the picture in which the boxes are, if any; SHARES for shares of the upright one
-    stated: tuple[int, int] | str | None
+    stated: tuple[int, int] | str | None  # the size of the picture that has the boxes, or SHARES
 
 
 def convert(form: str, source: Path, root: Path) -> tuple[str, list[str]]:
