@@ -35,8 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import evaluate
 from lctr import ARCHITECTURES, LCTR, MODEL_FLAGS, load_checkpoint, load_pretrained
-from support.common import FlagError, autocast, last_line, one_line, progress
+from support.common import FlagError, autocast, one_line, progress
 from support.report.figures import draw_loss, write_png
+from support.runs.compiling import compile_mode, compiled
 from support.runs.folder import (PHASES, Stop, any_process, begin, check_data, digest_of,
                                  find_saved, hold, log, process, read_log, restore, say,
                                  write_checkpoint)
@@ -237,8 +238,8 @@ def fit(model: LCTR, plan: Plan, train_set: data.Split, cache: data.Cache | None
 
     # the model as it is trained, and this process's batches, prepared while it computes
     classifier = Classifier(model, "none" if main else config["patch_loss"]).train()
-    if first < plan.total and (mode := compile_mode(plan, config)):
-        classifier = compiled(classifier, mode, plan, config)
+    if first < plan.total and (mode := compile_mode(plan.total, config)):
+        classifier = compiled(classifier, mode, plan.batch_size, config)
     parallel = DistributedDataParallel(classifier) if world > 1 else classifier
     keys = micro_batches(plan, first, config)
     batches = (map(cache.batch, keys) if cache
@@ -409,46 +410,6 @@ def not_finite(step: int, row: list[float], plan: Plan, train_set, config: dict)
     kept = f"the last good state stays in {last}; " * last.exists()
     return (f"{plan.phase} step {step}: loss {row[0]}, gradient norm {row[-1]}: not finite; {kept}"
             f"images of this batch: {', '.join(train_set.path(index) for index in batch)}")
-
-
-# ---------------------------------------------------------------- compiling
-
-def compile_mode(plan: Plan, config: dict) -> str | None:
-    """--compile: "reduce-overhead", CUDA graphs, for a long phase on one GPU; "default"; None."""
-    graphs = config["device"].startswith("cuda") and process()[1] == 1 and plan.total >= 1000
-    # a graph's gradients lie where the next replay writes them, so none may be added up
-    graphs = graphs and config["amp"] == "bf16" and config["accumulate"] == 1
-    if config["compile"] == "off" or config["compile"] == "auto" and not graphs:
-        return None
-    return "reduce-overhead" if graphs else "default"
-
-
-def compiled(classifier: Classifier, mode: str, plan: Plan, config: dict) -> nn.Module:
-    """The classifier compiled, after trial steps on blank images; as it was, with a note, where
-    that fails under --compile auto.
-    """
-    device = torch.device(config["device"])
-    count = len(shares(list(range(plan.batch_size)), config)[0])
-    images = torch.zeros(count, 3, *classifier.model.img_size, device=device)
-    noise = None
-    if config["drop_path"]:
-        noise = torch.ones(count, config["depth"], 2, device=device)
-    say(f"compiling the model (--compile), mode {mode}")
-    torch.compiler.reset()  # a former phase's graphs, and the memory that they hold
-    try:
-        whole = torch.compile(classifier, mode=mode)
-        for _ in range(WARMUP):
-            with autocast(device, config["amp"]):
-                logits = whole(images, noise)
-            sum(part.float().mean() for part in logits).backward()
-            classifier.zero_grad(set_to_none=True)
-        return whole
-    except Exception as error:  # of any kind: compilers raise nearly anything
-        if config["compile"] == "on":
-            raise RuntimeError(f"--compile: {last_line(error)}: off trains without") from error
-        say(f"note: the model does not compile, training goes on without ({last_line(error)})")
-        classifier.zero_grad(set_to_none=True)
-        return classifier
 
 
 # ---------------------------------------------------------------- the whole run

@@ -298,17 +298,6 @@ def test_ilsvrc_annotations_that_are_wrong(ilsvrc, content, part):
     error_of(lambda: load_ilsvrc(ilsvrc), ilsvrc / FIRST, part)
 
 
-def test_ilsvrc_unmatched_images_and_annotations_are_counted(ilsvrc):
-    (ilsvrc / FIRST).rename(ilsvrc / FIRST.replace("01.xml", "99.xml"))
-    dataset = load_ilsvrc(ilsvrc)
-    assert len(dataset) == 5
-    orphans, bare = dataset.notes
-    assert orphans.startswith("1 annotations have no image") and "00000099.xml" in orphans
-    assert bare.startswith("1 images have no annotation") and "00000001.JPEG" in bare
-    shutil.rmtree(ilsvrc / "Annotations")
-    error_of(lambda: load_ilsvrc(ilsvrc), "no XML annotations")
-
-
 def test_ilsvrc_val_in_folders_needs_no_annotation_but_an_agreeing_one(tmp_path):
     write_ilsvrc(tmp_path, tmp_path / "Annotations/val", False)
     first = tmp_path / "Annotations/val/ILSVRC2012_val_00000001.xml"
@@ -329,11 +318,11 @@ def test_ilsvrc_class_folders(ilsvrc):
     (train / "n77777777").rmdir()
     shutil.rmtree(train / "n01443537")
     error_of(lambda: load_ilsvrc(ilsvrc, "train"), train / "n01443537")
-    (train / "n01443537").mkdir()
-    error_of(lambda: load_ilsvrc(ilsvrc, "train"), train / "n01443537", "no images")
     shutil.rmtree(train)
     error_of(lambda: load_ilsvrc(ilsvrc, "train"), train)
     assert len(load_ilsvrc(ilsvrc)) == 6  # scoring needs the mapping only
+    shutil.rmtree(ilsvrc / "Annotations")
+    error_of(lambda: load_ilsvrc(ilsvrc), "no XML annotations")
     (ilsvrc / "LOC_synset_mapping.txt").write_text("n01440764 tench\nn01440764 tench\n")
     error_of(lambda: load_ilsvrc(ilsvrc), "LOC_synset_mapping.txt:2")
 
@@ -376,12 +365,10 @@ def test_folder_without_boxes_or_header_or_val(folder):
     (folder / "boxes.csv").write_text("\n" + rows)
     assert all(map(same_samples, before, everything(load_folder(folder))))
     (folder / "boxes.csv").unlink()
-    assert len(load_folder(folder, "train").notes) == 1  # the hidden file
     assert load_folder(folder).notes == ["4 of 4 test images have no box and are not scored"]
     assert data.has_split("folder", folder, "val")
     shutil.rmtree(folder / "val")
     assert not data.has_split("folder", folder, "val")
-    error_of(lambda: load_folder(folder, "val"), "val")
 
 
 @pytest.mark.parametrize("row", [
@@ -394,33 +381,16 @@ def test_folder_rows_that_are_wrong(folder, row):
     error_of(lambda: load_folder(folder), f"{folder / 'boxes.csv'}:4")
 
 
-def test_folder_rows_without_an_image_are_counted(folder):
-    with open(folder / "boxes.csv", "a") as file:
-        file.write("test/chat noir/gone.jpg,1,2,3,4\ntest/" + "x" * 5000 + ",1,2,3,4\n")
-    note = load_folder(folder).notes[0]
-    assert note.startswith("2 rows of") and "line 8, 'test/chat noir/gone.jpg'" in note
-
-
 def test_folder_classes(folder, tmp_path):
     picture(folder / "test/dog/a.jpg")
     error_of(lambda: load_folder(folder), folder / "test/dog")
     shutil.rmtree(folder / "test")
     error_of(lambda: load_folder(folder), folder / "test")
-    (folder / "test").mkdir()
-    error_of(lambda: load_folder(folder), folder / "test", "no images")
     (folder / "train/empty").mkdir()
     error_of(lambda: load_folder(folder, "train"), folder / "train/empty", "no images")
     error_of(lambda: load_folder(tmp_path), tmp_path / "train")
-    (tmp_path / "train").mkdir()
-    error_of(lambda: load_folder(tmp_path, "train"), tmp_path / "train")
     error_of(lambda: load_folder(tmp_path / "nowhere"), "nowhere", "no such folder")
     error_of(lambda: data.load_dataset("imagenet", tmp_path, "train", 16), "imagenet", "synthetic")
-
-
-def test_a_corrupt_scored_image_shows_when_the_data_set_is_made(folder):
-    broken = folder / "test/Ünïcode/unboxed.jpg"
-    broken.write_bytes(b"")
-    error_of(lambda: load_folder(folder), broken)
 
 
 @pytest.mark.full
