@@ -138,11 +138,11 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor.contiguous()
 
 
-def place(tensor: Tensor | None, device: str = DEVICE) -> Tensor | None:
+def place(tensor: Tensor | None) -> Tensor | None:
     """On the device, with the strides and the offset that it has here: .to() would close gaps."""
-    if tensor is None or device == "cpu":
+    if tensor is None or DEVICE == "cpu":
         return tensor
-    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(device)
+    memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).to(DEVICE)
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
@@ -154,24 +154,16 @@ def squared(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double() ** 2
 
 
-def with_gradients(function, convert, inputs, upstream, wanted) -> list[Tensor | None]:
-    """The outputs, then each input's gradient under the upstream ones, None if it is not wanted.
+def with_gradients(function, convert, inputs, upstream) -> list[Tensor | None]:
+    """The output, then each input's gradient under the upstream one, None for an input of None.
 
-    convert: what is made of every input and every upstream gradient.
+    convert: what is made of every input and of the upstream gradient.
     """
-    leaves = [None if t is None else convert(t).detach() for t in inputs]
-    wanted = [i for i in wanted if leaves[i] is not None]
-    for i in wanted:
-        leaves[i].requires_grad_()
-    outputs = function(*leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    gradients = [None] * len(leaves)
-    if wanted:
-        found = torch.autograd.grad(
-            outputs, [leaves[i] for i in wanted], [convert(u) for u in upstream])
-        for i, gradient in zip(wanted, found):
-            gradients[i] = gradient
-    return [*outputs, *gradients]
+    leaves = [None if t is None else convert(t).detach().requires_grad_() for t in inputs]
+    output = function(*leaves)
+    given = [t for t in leaves if t is not None]
+    gradients = iter(torch.autograd.grad(output, given, convert(upstream)))
+    return [output, *(None if t is None else next(gradients) for t in leaves)]
 
 
 # --------------------------------------------------------------------------------------------- RPAM
@@ -187,7 +179,6 @@ class AttentionCase(NamedTuple):
     scale: float = 1.0  # of q: how large logits get
     shift: float = 0.0  # lowers all logits by shift^2 / sqrt(d)
     same: bool = False  # one query and one value for all tokens: errors do not average out
-    wanted: tuple[int, ...] = (0, 1)  # class row: whose gradients, q's and k's
     upstream: str = "contiguous"  # the upstream gradients' layout
     seed: int = 0
 
@@ -200,8 +191,7 @@ ATTENTIONS = st.builds(
     d=st.sampled_from([8, 16, 24, 32, 64, 80]), dtype=st.sampled_from(DTYPES),
     layouts=ANY_LAYOUT.map(lambda layout: (layout,) * 3) | st.tuples(*[ANY_LAYOUT] * 3),
     scale=st.sampled_from([1.0, 8.0, 64.0]), shift=st.sampled_from([0.0, 24.0]), same=st.booleans(),
-    wanted=st.sampled_from([(0, 1), (0,), (1,)]), upstream=st.sampled_from(LAYOUTS),
-    seed=st.integers(0, 2**20),
+    upstream=st.sampled_from(LAYOUTS), seed=st.integers(0, 2**20),
 )
 
 
@@ -253,7 +243,7 @@ def check_class_row(kernels, case: AttentionCase) -> None:
 
     def run(convert, attention):
         return with_gradients(
-            lambda q, k: attention(q, k, convert(v))[1], convert, (q, k), [upstream], case.wanted)
+            lambda q, k: attention(q, k, convert(v))[1], convert, (q, k), upstream)
 
     cls_attn, *gradients = run(place, functools.partial(kernels.attention, backend="triton"))
     exact, *exact_gradients = run(double, reference.attention)
@@ -267,10 +257,9 @@ def check_class_row(kernels, case: AttentionCase) -> None:
     g = 2 * upstream.abs().double().amax() * rows / case.S / root
     sizes = torch.zeros_like(q), g[..., None] * q[:, :, :1].abs()
     sizes[0][:, :, 0] = (g[..., None] * k.abs()).sum(2)
-    for i in case.wanted:
-        limit = bound(sizes[i], case.dtype, 2, 2 * in_units + case.N)
-        what = f"class row, gradient of {'qk'[i]}"
-        assert_within(gradients[i], exact_gradients[i], limit, case.dtype, what)
+    for gradient, exact, size, name in zip(gradients, exact_gradients, sizes, "qk"):
+        limit = bound(size, case.dtype, 2, 2 * in_units + case.N)
+        assert_within(gradient, exact, limit, case.dtype, f"class row, gradient of {name}")
 
 
 def check_aggregate_attention(kernels, case: AttentionCase) -> None:
@@ -302,7 +291,6 @@ class ConvCase(NamedTuple):
     bias: bool = True
     pool: str = "gap"
     K: int = 3  # requested classes
-    wanted: tuple[int, ...] = (0, 1, 2, 3)  # logits: the inputs whose gradients are wanted
     level: float = 0.0  # added to x
     seed: int = 0
 
@@ -314,7 +302,7 @@ CONVOLUTIONS = st.builds(
     w=st.sampled_from([1, 3, 5, 19]), k=st.sampled_from([1, 3]), dtype=st.sampled_from(DTYPES),
     layouts=st.tuples(st.sampled_from(["tokens", *LAYOUTS]), *[st.sampled_from(LAYOUTS)] * 3),
     bias=st.booleans(), pool=st.sampled_from(["gap", "padded"]), K=st.sampled_from([1, 2, 5, 9]),
-    wanted=st.sets(st.integers(0, 3)).map(tuple), level=st.just(0.0), seed=st.integers(0, 2**20),
+    level=st.just(0.0), seed=st.integers(0, 2**20),
 )
 
 
@@ -380,14 +368,13 @@ def check_dynamic_conv_logits(kernels, case: ConvCase) -> None:
     """The pool of Eq. 6 and its gradients. Each step is rounded to the dtype: window sums, GEMM,
     product with the score, sum over g, bias; and as many back."""
     inputs, P, taps = conv_inputs(case), case.h * case.w, case.k**2
-    upstream = [random(case.seed + 1)(case.B, case.C).to(case.dtype)]
+    upstream = random(case.seed + 1)(case.B, case.C).to(case.dtype)
     options = dict(pool=case.pool)
     logits = functools.partial(kernels.dynamic_conv_logits, backend="triton", **options)
     naive = functools.partial(reference.dynamic_conv_logits, **options)
-    found = with_gradients(logits, place, inputs, upstream, case.wanted)
+    found = with_gradients(logits, place, inputs, upstream)
     exact, squares = (
-        with_gradients(naive, convert, inputs, upstream, case.wanted)
-        for convert in (double, squared))
+        with_gradients(naive, convert, inputs, upstream) for convert in (double, squared))
 
     B, D, C, G = case[:4]
     lengths = (D * taps * G * P, C * taps * G, C * D * taps * P, B * P, B * P)
