@@ -509,8 +509,6 @@ def load(path: str, flags: Namespace) -> Subject:
         model = build(len(classes), {flag: config[flag] for flag in MODEL_FLAGS}, flags.img_size)
         state["pos_embed"] = weights.resize_pos_embed(state["pos_embed"], grid, model.grid)
         model.load_state_dict(state)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise ValueError(f"{path}: weights that are not finite")
 
     # what the flags ask of it
     coupling, least = flags.coupling or default_coupling(model), max(model.img_size)
@@ -590,10 +588,9 @@ def load_split(subject: Subject, flags: Namespace, split: str) -> torch.utils.da
         classes=None if external else known)  # a folder of pictures to test on needs no train/
     classes = dataset.classes
     numbered = external and len(known) == len(classes)  # its file has no names to compare
-    pairs = enumerate(itertools.zip_longest(known, classes, fillvalue="nothing"))
-    different = [(i, a, b) for i, (a, b) in pairs if a != b]
-    if different and not numbered:
-        i, theirs, ours = different[0]
+    if list(known) != list(classes) and not numbered:
+        pairs = enumerate(itertools.zip_longest(known, classes, fillvalue="nothing"))
+        i, theirs, ours = next((i, a, b) for i, (a, b) in pairs if a != b)
         raise ValueError(
             f"{subject.path}: its {len(known)} classes are not the {len(classes)} of {flags.data} "
             f"{split}: class {i} is {theirs!r} there, {ours!r} here")

@@ -112,7 +112,7 @@ def largest(components: Components, cells: int, height: int, width: int) -> Tens
 def map_chunks(maps: Tensor) -> Sequence[Tensor]:
     """Maps in groups whose runs fit a core's cache, or a GPU's memory."""
     pixels = 2 ** (24 if maps.is_cuda else 18)
-    return maps.split(max(1, pixels // maps[0].numel())) if len(maps) else []
+    return maps.split(max(1, pixels // (maps.shape[1] * maps.shape[2])))
 
 
 def largest_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
@@ -128,9 +128,9 @@ def largest_boxes(maps: Tensor, thresholds: Sequence[float]) -> Tensor:
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     ascending, position = torch.tensor(
         thresholds, dtype=maps.dtype, device=maps.device).unique(return_inverse=True)
-    boxes = [largest(connected_components(chunk, ascending), len(chunk) * len(ascending),
-                     *maps.shape[1:]) for chunk in map_chunks(maps)]
-    boxes = torch.cat(boxes) if boxes else maps.new_zeros(0, 4).long()  # (B * t, 4)
+    boxes = torch.cat([
+        largest(connected_components(chunk, ascending), len(chunk) * len(ascending),
+                *maps.shape[1:]) for chunk in map_chunks(maps)])  # (B * t, 4)
     return boxes.view(len(maps), len(ascending), 4)[:, position]
 
 

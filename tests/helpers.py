@@ -220,23 +220,19 @@ class LayerScaleViT(torch.nn.Module):
 
 def flood_fill(normalised: np.ndarray, threshold: float) -> list[tuple[int, tuple]]:
     """(pixels, box) of each 8-connected component of one map, in order of first pixel."""
-    mask, found = normalised > np.asarray(threshold, normalised.dtype), []
-    for y, x in np.argwhere(mask):
-        if not mask[y, x]:
-            continue
-        stack, pixels = [(y, x)], []
-        mask[y, x] = False
-        while stack:
-            py, px = stack.pop()
-            pixels.append((py, px))
-            for ny in range(max(py - 1, 0), min(py + 2, mask.shape[0])):
-                for nx in range(max(px - 1, 0), min(px + 2, mask.shape[1])):
-                    if mask[ny, nx]:
-                        mask[ny, nx] = False
-                        stack.append((ny, nx))
-        ys, xs = zip(*pixels)
-        found.append((len(pixels), (min(xs), min(ys), max(xs) + 1, max(ys) + 1)))
-    return found
+    left = set(zip(*np.nonzero(normalised > np.asarray(threshold, normalised.dtype))))
+    components = []
+    while left:
+        component, frontier = [], [min(left)]
+        while frontier:
+            y, x = frontier.pop()
+            if (y, x) in left:
+                left.remove((y, x))
+                component.append((y, x))
+                frontier += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+        ys, xs = zip(*component)
+        components.append((len(component), (min(xs), min(ys), max(xs) + 1, max(ys) + 1)))
+    return components
 
 
 def normalise(m: Tensor) -> np.ndarray:
@@ -245,13 +241,10 @@ def normalise(m: Tensor) -> np.ndarray:
 
 
 def naive_boxes(maps: Tensor, thresholds: list[float]) -> Tensor:
-    rows = []
-    for m in maps:
-        for t in thresholds:
-            found = flood_fill(normalise(m), t)
-            whole = 0, 0, m.shape[1], m.shape[0]
-            rows.append(max(found, key=lambda f: f[0])[1] if found else whole)
-    return torch.tensor(rows).view(len(maps), len(thresholds), 4)
+    whole = 0, (0, 0, maps.shape[2], maps.shape[1])
+    boxes = [max(flood_fill(normalise(m), t), key=lambda found: found[0], default=whole)[1]
+             for m in maps for t in thresholds]
+    return torch.tensor(boxes).view(len(maps), len(thresholds), 4)
 
 
 def naive_iou(a, b) -> float:

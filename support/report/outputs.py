@@ -1,5 +1,6 @@
 """Which files a script may write: only its own are replaced. And their names."""
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -56,18 +57,15 @@ def output_names(paths: Sequence[Path]) -> list[str]:
     names, used = [], set()
     for path in paths:
         stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file system takes 255 bytes
-        name, count = stem or "picture", 1
-        while name.casefold() in used:  # some file systems ignore case
-            count += 1
-            name = f"{stem}-{count}"
+        numbered = (f"{stem}-{count}" for count in itertools.count(2))
+        name = next(name for name in itertools.chain([stem or "picture"], numbered)
+                    if name.casefold() not in used)  # some file systems ignore case
         used.add(name.casefold())
         names.append(f"{name}.png")
     return names
 
 
 def run_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each checkpoint: its folder's, with the file's where that is not enough."""
+    """A short name for each checkpoint: its folder's, numbered where two have the same."""
     names = [Path(path).resolve().parent.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{name}-{Path(path).stem}" for name, path in zip(names, paths)]
     return names if len(set(names)) == len(names) else [f"{i}-{n}" for i, n in enumerate(names, 1)]
