@@ -118,7 +118,7 @@ class Evaluation:
         return np.array([len(boxes) > 0 for boxes in self.boxes])
 
     def at(self, coupling: str, threshold: float) -> tuple[int, int]:
-        """Where `box`, `iou` and `oracle` have a coupling and a threshold, if they were evaluated."""
+        """Where `box`, `iou` and `oracle` have a coupling and a threshold that were evaluated."""
         return self.couplings.index(coupling), self.thresholds.index(threshold)
 
 

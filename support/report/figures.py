@@ -307,8 +307,8 @@ def draw_plot(
 ) -> Image.Image:
     """Lines over a grid, both axes from 0.
 
-    lines: (name, one or more points, colour, width); each name stands once above the plot, "" nowhere. dots:
-    (x, y, colour). labels: (x, y, text, the anchor of the text at x, y).
+    lines: (name, one or more points, colour, width); each name stands once above the plot, ""
+    nowhere. dots: (x, y, colour). labels: (x, y, text, the anchor of the text at x, y).
     """
     sheet = Image.new("RGB", (ZOOM * WIDTH, ZOOM * HEIGHT), PAPER)
     draw = ImageDraw.Draw(sheet)
