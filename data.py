@@ -54,6 +54,7 @@ from support.pictures.views import (as_tensor, check_images, clip_boxes, fixed_v
                                     load_whole, load_wholes, normalise, resize_view, whole_size)
 from support.report.figures import class_name, fit_text, is_ours, put, write_png
 
+# what other projects import
 __all__ = ["DataError", "collate", "has_split", "load_dataset", "load_image", "loader",
            "normalise", "open_image"]
 

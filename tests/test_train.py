@@ -723,6 +723,7 @@ def test_loading_processes_without_shared_memory_or_files_end_the_run(
     assert "--workers" in line and "ulimit -n allows 40" in line
 
 
+@pytest.mark.full
 def test_odd_surroundings_do_not_end_a_run(tmp_path):
     """A terminal that shows ASCII alone, variables that are no numbers."""
     process = spawn("train.py", *TINY, "--max-steps", 1, "--pretrain-epochs", 0, "--out",
