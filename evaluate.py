@@ -48,9 +48,10 @@ from support.boxes import (baseline_iou, box_iou, boxes_and_iou, enlarge, larges
 from support.common import (FlagError, autocast, minmax, one_line, pair, printable, progress,
                             say, write_atomic, write_json, write_text)
 from support.pictures.folders import find_images
+from support.pictures.readers import spread
 from support.report.failures import FAILURES, HIT, failure_kinds
 from support.report.figures import (Examples, class_name, draw_curve, draw_failures, draw_gallery,
-                                    draw_own, evenly, is_ours, write_png)
+                                    draw_own, is_ours, write_png)
 from support.report.outputs import REPORT_FILES, claim, output_names, run_names
 from support.report.table import format_table
 from support.runs.evaluate_flags import parse_flags as evaluate_flags
@@ -367,7 +368,7 @@ def report(
     whose = "label" if evaluation.gt_class else "predicted class"
     boxes = f"Boxes at threshold {threshold:g} of the {whose}'s min-max normalised map"
     boxes += "; in white their IoU in %." if metrics["n_boxes"] else "."
-    shown = evenly(n, 8)
+    shown = spread(n, 8)
     titles = [(coupling_label(evaluation.head, c), PRODUCTS[c]) for c in evaluation.couplings]
     note = f"{len(shown)} of the {n} images of {where}, evenly spread. {boxes}"
     examples = examples_of(model, dataset, evaluation, shown, evaluation.couplings, threshold)
@@ -384,8 +385,8 @@ def report(
     kinds, groups = failure_kinds(evaluation, coupling, threshold), []
     for kind, (name, meaning) in enumerate(FAILURES.items()):
         failed = np.flatnonzero(kinds == kind)
-        shown = failed[evenly(len(failed), 6)]
-        if len(shown):
+        if len(failed):
+            shown = failed[spread(len(failed), 6)]
             title = f"{name} ({meaning}): {len(failed)} of {n} images, {len(shown)} shown"
             examples = examples_of(model, dataset, evaluation, shown, [coupling], threshold)
             groups.append((title.capitalize(), examples))
@@ -668,7 +669,7 @@ def evaluate(flags: Namespace) -> int:
                      if c in ("cls", "relation", coupling) or model.head_type == "token"]
             titles.append([(f"{name}: {coupling_label(model.head_type, c)}", PRODUCTS[c])
                            for c in shown])
-            examples.append(examples_of(model, dataset, evaluation, evenly(len(dataset), 8), shown,
+            examples.append(examples_of(model, dataset, evaluation, spread(len(dataset), 8), shown,
                                         threshold))
 
     # one table, and one gallery, of all

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from helpers import (call, exif, flood_fill, make_model, naive_boxes, naive_iou, noise, normalise,
                      picture, save_checkpoint, script_error)
 from PIL import Image
-from torch import Tensor
 
 import data
 import evaluate

@@ -24,11 +24,6 @@ def test_heat_colours_grow_lighter():
     assert (np.diff(values @ (0.299, 0.587, 0.114)) > 0).all()
 
 
-def test_evenly_spread_positions():
-    assert figures.evenly(100, 4) == [12, 37, 62, 87]
-    assert figures.evenly(2, 8) == [0, 1] and figures.evenly(0, 3) == []
-
-
 def test_a_picture_written_here_is_known_again(tmp_path):
     picture = Image.new("RGB", (9, 9))
     figures.write_png(tmp_path / "ours.png", picture)

@@ -216,12 +216,6 @@ def draw_panel(examples: Examples, i: int, q: int | None) -> Image.Image:
     return panel
 
 
-def evenly(n: int, k: int) -> list[int]:
-    """k of n positions, evenly spread: neither the best nor the first."""
-    k = min(n, k)
-    return [(2 * i + 1) * n // (2 * k) for i in range(k)]
-
-
 def draw_gallery(
     examples: Sequence[Examples], titles: Sequence[Sequence[tuple[str, str]]],
     classes: Sequence[str], note: str,
