@@ -42,7 +42,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 # The same cases on every run. One that fails is not made smaller: each step would compile kernels.
-DRAWN = settings(max_examples=8, deadline=None, derandomize=True, database=None,
+DRAWN = settings(deadline=None, derandomize=True, database=None,
                  suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate])
 
 
