@@ -1,282 +1,187 @@
-"""README against the project: its commands run, its names exist, its figures are stored."""
+"""README and docs/ against the project: commands run, names exist, figures are those stored."""
 
 import contextlib
 import importlib
-import inspect
 import io
 import json
 import re
 import shlex
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.run
 from helpers import ROOT, TINY, run_script, torchrun
 from PIL import Image
 
-import data
-import evaluate
-import kernels
-import lctr
-import train
-from kernels import reference
-from support import weights
-
 README = (ROOT / "README.md").read_text()
-RESULTS = {path.stem: json.loads(path.read_text())
-           for path in sorted((ROOT / "docs/results").glob("*.json"))}
-BLOCKS = [textwrap.dedent(block)
-          for block in re.findall(r"(?<=\n\n)(?: {4}.*\n)+", README)]
-PROSE = re.sub(r"(?<=\n\n)(?: {4}.*\n)+", "", README)
-SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
-PROGRAMS = ("python", "python3", "pip", "torchrun")
-SNIPPET = next(block for block in BLOCKS if block.startswith("import "))
+RESULTS = (ROOT / "docs/results.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+STORED = {path.stem: json.loads(path.read_text())
+          for path in sorted((ROOT / "docs/results").glob("*.json"))}
 
 # ---------------------------------------------------------------- commands
 
-ARGUMENTS = {"[IMAGE]": "photo.jpg", "FILE": "backbone.pth", "CHECKPOINT": "runs/X/best.pt"}
+BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?<=\n\n)(?: {4}.*\n)+", README)]
+PROSE = re.sub(r"(?<=\n\n)(?: {4}.*\n)+", "", README)
+SPANS = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)]
 
 
 def commands() -> list[str]:
-    """Each line of each block of commands, and what prose names with its program."""
-    lines = [line for block in BLOCKS if block != SNIPPET
+    """The commands of README's blocks, and those that its prose names."""
+    lines = [line for block in BLOCKS if not block.startswith("@")
              for line in block.replace("\\\n", "").splitlines()]
-    lines += [span for span in SPANS if span.split()[0] in PROGRAMS]
+    lines += [span for span in SPANS if span.startswith("python ")]
     parts = [part.strip() for line in lines
              for part in line.split(" # ")[0].replace(".venv/bin/", "").split("&&")]
     return [part for part in dict.fromkeys(parts) if part]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_command(command, place):
-    match shlex.split(command):
+def in_small(command: str):
+    marks = pytest.mark.full if command.startswith("torchrun") else ()
+    return pytest.param(command, marks=marks)
+
+
+@pytest.mark.parametrize("command", map(in_small, commands()))
+def test_readmes_command_runs(command, place):
+    """In a folder that holds all that README names, with flags that make the work small."""
+    words = shlex.split(command)
+    (place / "runs/X").rename(place / "runs/folder-cdm-seed0")
+    match words:
         case ["python3", "-m", "venv", _] | ["pip", "install", *_] | ["python", "-m", "pytest"]:
             lines = [set(line.split()) for line in (ROOT / ".ci/run").read_text().splitlines()]
-            assert any(set(command.split()) - {".venv"} <= line for line in lines)  # CI runs it
-        case ["python", ("train.py" | "evaluate.py" | "data.py" | "lctr.py") as script, *flags]:
-            if "--convert" in flags:  # it replaces no file
+            assert any(set(words) - {".venv"} <= line for line in lines)  # CI runs it
+        case ["python", "docs/speed.py"]:
+            run_help("docs/speed.py")
+        case ["python", script, *flags]:
+            flags = ["photo.jpg" if flag == "[IMAGE]" else flag for flag in flags]
+            if "--convert" in flags:  # which replaces no file
                 (place / "mydata/boxes.csv").unlink()
-            before = set(place.rglob("*"))
-            tiny = [] if "--resume" in flags else TINY[script].split()
-            if "--resume" in flags:
-                run_script("train.py", *TINY["train.py"].split())
-                tiny = TINY["train.py"].split()
             if script == "evaluate.py" and "--images" not in flags:
-                tiny += ["--limit-test", "4"]
-            run_script(script, *(ARGUMENTS.get(flag, flag) for flag in flags), *tiny)
-            made = {path.name for path in set(place.rglob("*")) - before}
-            if script in ("train.py", "evaluate.py"):
-                report = {"metrics.json", "gallery.png"}
-                assert made >= ({"boxes.json"} if "--images" in flags else report)
-            written = {Path(ARGUMENTS.get(flag, flag)).name for flag in flags}
-            assert {"sheet.png", "backbone.pth", "boxes.csv"} & written <= made
-        case ["torchrun", *words]:
+                (place / "runs/cub-cdm-seed0").mkdir()
+                (place / "runs/lctr/best.pt").rename(place / "runs/cub-cdm-seed0/best.pt")
+                flags += ["--limit-test", "4"]
+            out = ["--out", "made"] if script == "train.py" else []
+            run_script(script, *flags, *TINY[script].split(), *out)
+            made = {path.name for path in place.rglob("*")}
+            expected = {"train.py": {"metrics.json", "gallery.png", "best.pt"},
+                        "evaluate.py": {"boxes.json"} if "--images" in flags else {"metrics.json"},
+                        "data.py": {"boxes.csv"}, "lctr.py": set()}
+            assert expected[script] <= made
+        case ["torchrun", *_]:
             flags = words[words.index("train.py") + 1:]
             flags = [str(place / flag) if (place / flag).exists() else flag for flag in flags]
             tiny = TINY["train.py"].split()
             status, errors = torchrun(*flags, *tiny, "--out", place / "run")
             assert status == 0 and (place / "run/metrics.json").exists(), errors
-        case ["python", "docs/speed.py" | "docs/experiments/study.py" | "docs/experiments/gate.py" | "docs/experiments/seeds.py", *_]:
-            assert help_of(command.split()[1])  # their own tests run them
         case _:
             pytest.fail(f"no test knows how to run {command!r}")
 
 
-def test_the_snippet_gives_a_box(place):
-    names = {}
-    exec(SNIPPET, names)  # noqa: S102
-    assert names["box"].shape == (1, 1, 4)
-    assert len(SNIPPET.strip().splitlines()) <= 6
+# ---------------------------------------------------------------- names and links
 
 
-def test_pictures_exist_and_all_are_shown():
-    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    documents = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
-    for path in (ROOT / "docs").glob("*.png"):
-        assert f"docs/{path.name}" in shown or path.name in documents, path
-    for name in shown:
-        with Image.open(ROOT / name) as image:
-            image.load()
-
-
-# ---------------------------------------------------------------- names
-
-
-def help_of(script: str) -> str:
+def run_help(script: str) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         run_script(script, "--help")
     return text.getvalue()
 
 
-HELP = "".join(map(help_of, ("train.py", "evaluate.py", "data.py", "lctr.py", "docs/speed.py")))
-HELP += torch.distributed.run.get_args_parser().format_help()
-SOURCES = "".join(path.read_text() for path in ROOT.rglob("*.py") if ".venv" not in path.parts)
-MODULES = (lctr, kernels, train, evaluate, data, reference)
-
-
-def attribute(module, name: str):
+def attribute(module: str, name: str):
+    value = importlib.import_module(module)
     for part in name.split("."):
-        module = getattr(module, part)
-    return module
+        value = getattr(value, part)
+    return value
 
 
-def is_code(name: str) -> bool:
-    """A function, class or module of the project: kernels.attention, LCTR.localize."""
-    start, _, rest = name.partition(".")
-    for module in MODULES:
-        for path in (name, rest if module.__name__ == start else name):
-            with contextlib.suppress(AttributeError):
-                return attribute(module, path) is not None
-    return False
-
-
-def exists(span: str) -> bool:
-    first = span.split()[0]
-    if first in PROGRAMS:
-        return True  # test_command's
-    if first.startswith("--"):
-        return all(re.search(rf"{flag}(?![\w-])", HELP) for flag in re.findall(r"--[\w-]+", span))
-    if span.startswith(("mydata/", "runs/")):
-        return True  # the reader's own folders
-    return bool(list(ROOT.glob(span))) or is_code(span) or span in SOURCES or span in HELP
-
-
-def test_every_name_exists():
-    assert not [span for span in SPANS if not exists(span)]
-
-
-def test_names_are_in_the_files_they_are_said_to_be_in():
+def test_readmes_names_exist():
     pairs = re.findall(r"`(\w+)\.py` `([\w.]+)`", PROSE)
     assert len(pairs) > 5
     for module, name in pairs:
-        attribute(importlib.import_module(module), name)
+        attribute(module, name)
+    helps = "".join(map(run_help, ("train.py", "evaluate.py", "data.py")))
+    for flag in re.findall(r"(?<!\S)`?(--[\w-]+)", README.replace("--nproc_per_node", "")):
+        assert re.search(rf"{flag}(?![\w-])", helps), flag
+    for path in re.findall(r"`((?:kernels|support|tests|docs)/[\w./]*)`", README):
+        assert (ROOT / path).exists(), path
 
 
 def test_links_lead_somewhere():
-    documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    for document in documents:
+    for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text()):
             assert target.startswith("https://") or (document.parent / target).exists(), target
 
 
-def test_equations_stand_where_the_table_says():
-    rows = table_rows("paper")
-    named = {equation for row in rows for equation in re.findall(r"Eq\. (\d)", row[0])}
-    assert named == set("123456")
-    for equation, _, _, code in rows:
-        if equation.startswith("Eq. "):
-            texts = [inspect.getsource(attribute(importlib.import_module(module), name))
-                     for module, name in re.findall(r"`(\w+)\.py` `([\w.]+)`", code)]
-            texts += [inspect.getsource(getattr(kernels, name))
-                      for name in re.findall(r"`kernels\.(\w+)`", code)]
-            assert any(re.search(rf"Eq\. (\d, )*{equation[4:]}\b", text) for text in texts), code
+def test_pictures_are_shown_and_open():
+    shown = {(document.parent / name).resolve() for document in DOCUMENTS
+             for name in re.findall(r"!\[[^]]+\]\(([^)]+)\)", document.read_text())}
+    assert shown == set((ROOT / "docs").glob("*.png"))
+    for path in shown:
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_each_equation_has_its_code_and_its_test():
+    tests = (ROOT / "tests/test_equations.py").read_text()
+    rows = table_rows(README, "paper")
+    assert {row[0] for row in rows} >= {f"Eq. {number}" for number in range(1, 7)}
+    for equation, _, _, test in rows:
+        start = re.fullmatch(r"`(test_\w+_)\.\.\.`", test)[1]
+        assert f"def {start}" in tests, equation
 
 
 # ---------------------------------------------------------------- figures
 
 
-def tables(text: str = README) -> list[list[list[str]]]:
-    """Header and rows of each table."""
-    found = []
-    for match in re.finditer(r"(?:^ *\|.*\|\n)+", text, re.MULTILINE):
-        lines = [re.split(r" *(?<!\\)\| *", line.strip())[1:-1] for line in match[0].splitlines()]
-        found.append([lines[0], *lines[2:]])
-    return found
-
-
-def table_rows(first: str) -> list[list[str]]:
+def table_rows(text: str, first: str) -> list[list[str]]:
     """The rows of the one table whose header starts so."""
-    (rows,) = [rows for header, *rows in tables() if header[0] == first]
+    tables = []
+    for match in re.finditer(r"(?:^\|.*\|\n)+", text, re.MULTILINE):
+        header, _, *rows = [re.split(r" *(?<!\\)\| *", line.strip())[1:-1]
+                            for line in match[0].splitlines()]
+        if header[0] == first:
+            tables.append(rows)
+    (rows,) = tables
     return rows
 
 
-def shown_is(shown: str, *values: float) -> bool:
-    """Whether the numbers in a cell are these, each rounded to as many digits as are shown."""
-    numbers = re.findall(r"\d+(?:\.\d+)?", shown)
-    digits = [len(number.partition(".")[2]) for number in numbers]
-    rounded = [f"{value:.{n}f}" for value, n in zip(values, digits)]
-    return numbers == rounded and len(numbers) == len(values)
+def cell(value: dict) -> str:
+    return f"{value['mean']:.1f} ± {value['std']:.1f}"
 
 
-COLUMNS = {
-    "Top-1 Loc": lambda row: [row["top1_loc"]], "Top-5 Loc": lambda row: [row["top5_loc"]],
-    "GT-known": lambda row: [row["gt_known"]], "mean IoU": lambda row: [row["mean_iou"]],
-    "best (oracle)": lambda row: [max(row["gt_known_curve"]), row["best_threshold"]],
-    "MaxBoxAcc": lambda row: [row["max_box_acc"]], "V2": lambda row: [row["max_box_acc_v2"]],
-}
-BASELINES = {"the whole image": "whole_image", "a centred box of half the area": "centred_box"}
+def test_figures_of_readme_are_those_stored():
+    columns = [STORED["birds"]["heads"]["cdm"], STORED["photos"]["heads"]["cdm"],
+               STORED["photos"]["heads"]["conv"]]
+    rows = table_rows(README, "map (`--coupling`)")
+    named = [re.findall(r"`([\w-]+)`", row[0]) for row in rows]
+    assert sum(named, []) == ["none", "cls", "relation", "cls-only", "relation-only"]
+    for names, (title, *cells) in zip(named, rows):
+        for shown, head in zip(cells, columns, strict=True):
+            if names:
+                assert shown == cell(head["gt_known"][names[0]]), title
+            elif title.startswith("Top-1"):
+                assert shown == cell(head["top1_cls"]), title
 
 
-def test_birds():
-    metrics, said = RESULTS["birds"]["metrics"], " ".join(README.split())
-    pattern = r"Top-1 classification ([\d.]+) %, top-5 ([\d.]+) %, threshold ([\d.]+)"
-    numbers = re.search(pattern, said).groups()
-    assert shown_is(" ".join(numbers), metrics["top1_cls"], metrics["top5_cls"],
-                    metrics["threshold"])
-    (header, *rows), = [table for table in tables() if table[0][0] == "map of birds"]
-    assert len(rows) == len(metrics["couplings"]) + len(BASELINES)
-    for label, *cells in rows:
-        if label in BASELINES:
-            row = {"gt_known": metrics["baselines"][BASELINES[label]]}
-        else:
-            name, coupling = re.fullmatch(r"(.+) \(`(.+)`\)", label).groups()
-            row = metrics["couplings"][coupling]
-            assert name == row["label"]
-        for column, cell in zip(header[1:], cells, strict=True):
-            if cell or label not in BASELINES:
-                assert shown_is(cell, *COLUMNS[column](row)), (label, column, cell)
-
-
-PHOTOGRAPHS = {  # README's rows: head, coupling
-    "TS-CAM (`--head conv`)": ("conv", "cls"), "TS-CAM + RPAM": ("conv", "relation"),
-    "CDM's class map alone": ("cdm", "none"), "CDM": ("cdm", "cls"), "LCTR": ("cdm", "relation"),
-}
-
-
-def test_photographs():
-    found = RESULTS["photos"]
-    rows = table_rows("map of photographs")
-    assert [row[0] for row in rows] == list(PHOTOGRAPHS)
-    for label, seeds, mean, top1_loc, best in rows:
-        head, coupling = PHOTOGRAPHS[label]
-        runs = [run["gt_known"][coupling] for run in found["runs"] if run["head"] == head]
-        assert shown_is(seeds, *runs) and len(runs) == 3
-        for cell, key in ((mean, "gt_known"), (top1_loc, "top1_loc"), (best, "best_gt_known")):
-            assert shown_is(cell, found["means"][head][key][coupling]), (label, key)
-
-
-def test_photographs_as_a_folder():
-    text = " ".join(README.split())
-    shown = re.search(r"LCTR reaches ([\d.]+), TS-CAM \+ RPAM ([\d.]+), TS-CAM ([\d.]+)\.", text)
-    means = RESULTS["photos_folder"]["means"]
-    for cell, head, coupling in zip(shown.groups(), ("cdm", "conv", "conv"),
-                                    ("relation", "relation", "cls")):
-        assert shown_is(cell, means[head]["gt_known"][coupling])
+@pytest.mark.parametrize("name", ["birds", "photos", "photos_folder"])
+def test_figures_of_the_results_page_are_those_stored(name):
+    stored = STORED[name]
+    for title, *cells in table_rows(RESULTS, f"{name}: GT-known"):
+        head, coupling = re.findall(r"`([\w-]+)`", title)
+        runs = [run for run in stored["runs"] if run["head"] == head]
+        figures = stored["heads"][head]
+        seeds = " ".join(f"{run['gt_known'][coupling]:.1f}" for run in runs)
+        expected = [seeds, cell(figures["gt_known"][coupling]),
+                    cell(figures["top1_loc"][coupling]),
+                    cell(figures["best_gt_known"][coupling])]
+        assert cells == expected, title
 
 
 def test_results_say_where_they_come_from():
-    documents = README + "".join(path.read_text() for path in (ROOT / "docs").rglob("*.md"))
-    for name, content in RESULTS.items():
-        assert f"results/{name}.json" in documents or f"{name}.json" in documents, name
+    text = "".join(path.read_text() for path in DOCUMENTS)
+    for name, content in STORED.items():
+        assert f"{name}.json" in text, name
         for run in content.values() if name == "study" else [content]:
             assert re.match(r"python (-m )?[\w./]+", run["command"])
             assert re.fullmatch(r"[0-9a-f]{7,40}", run["commit"])
             assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"]) and run["machine"]
-
-
-def test_sizes_that_a_reader_can_trust():
-    """The files that people read stay short enough to be read."""
-    limits = {"lctr.py": 450, "train.py": 430, "evaluate.py": 700, "data.py": 550,
-              "kernels/__init__.py": 200, "README.md": 220}
-    for name, most in limits.items():
-        lines = (ROOT / name).read_text().splitlines()
-        assert len(lines) <= most, name
-    folders = ("", "support", "kernels", "docs", "tests")
-    wide = [f"{path.relative_to(ROOT)}:{number}" for folder in folders
-            for path in (ROOT / folder).glob("*.py")
-            for number, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
-    assert not wide
