@@ -41,7 +41,7 @@ def in_small(command: str):
     return pytest.param(command, marks=marks)
 
 
-@pytest.mark.parametrize("command", map(in_small, commands()))
+@pytest.mark.parametrize("command", [in_small(command) for command in commands()])
 def test_readmes_command_runs(command, place):
     """In a folder that holds all that README names, with flags that make the work small."""
     words = shlex.split(command)
@@ -100,7 +100,7 @@ def test_readmes_names_exist():
     for module, name in pairs:
         attribute(module, name)
     helps = "".join(map(run_help, ("train.py", "evaluate.py", "data.py")))
-    for flag in re.findall(r"(?<!\S)`?(--[\w-]+)", README.replace("--nproc_per_node", "")):
+    for flag in re.findall(r"(?<!\S)`?(--[a-z][\w-]+)", README.replace("--nproc_per_node", "")):
         assert re.search(rf"{flag}(?![\w-])", helps), flag
     for path in re.findall(r"`((?:kernels|support|tests|docs)/[\w./]*)`", README):
         assert (ROOT / path).exists(), path
