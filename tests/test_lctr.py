@@ -161,6 +161,18 @@ def test_a_channels_last_model_computes_the_same(head):
     assert model.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_traced_model_computes_the_same():
+    """What ONNX's exporter without Dynamo exports."""
+    model = make()
+
+    def localisation_map(x):
+        return fuse(model.localize(x))
+
+    traced = torch.jit.trace(localisation_map, images())
+    others = images().flip(0, 3)
+    equal(traced(others), localisation_map(others))
+
+
 @pytest.mark.parametrize("head", ["cdm", "conv", "token"])
 def test_no_images_and_no_classes_give_empty_results(head):
     model, nothing = make(head=head), torch.zeros(0, 3, 12, 20, dtype=torch.float64)
