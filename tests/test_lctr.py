@@ -163,14 +163,16 @@ def test_a_channels_last_model_computes_the_same(head):
 
 def test_a_traced_model_computes_the_same():
     """What ONNX's exporter without Dynamo exports."""
-    model = make()
+    class Localizer(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
 
-    def localisation_map(x):
-        return fuse(model.localize(x))
+        def forward(self, x):
+            return fuse(self.model.localize(x))
 
-    traced = torch.jit.trace(localisation_map, images())
-    others = images().flip(0, 3)
-    equal(traced(others), localisation_map(others))
+    localizer, others = Localizer(make()), images().flip(0, 3)
+    equal(torch.jit.trace(localizer, images())(others), localizer(others))
 
 
 @pytest.mark.parametrize("head", ["cdm", "conv", "token"])
