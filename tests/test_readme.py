@@ -47,6 +47,8 @@ def test_readmes_command_runs(command, place):
     words = shlex.split(command)
     (place / "runs/X").rename(place / "runs/folder-cdm-seed0")
     match words:
+        case ["git", "clone", *_] | ["cd", "lctr"]:
+            pass
         case ["python3", "-m", "venv", _] | ["pip", "install", *_] | ["python", "-m", "pytest"]:
             lines = [set(line.split()) for line in (ROOT / ".ci/run").read_text().splitlines()]
             assert any(set(words) - {".venv"} <= line for line in lines)  # CI runs it
