@@ -228,7 +228,7 @@ def draw_gallery(
     for i, label in enumerate(first.label):
         panels = [(draw_panel(first, i, None), class_name(classes, label), INK)]
         for model, names in zip(examples, titles):
-            caption = f"taken for {class_name(classes, model.predicted[i])}"
+            caption = f"predicted: {class_name(classes, model.predicted[i])}"
             colour = GREY if model.predicted[i] == label else INK
             panels += [(draw_panel(model, i, q), caption * (q == 0), colour)
                        for q in range(len(names))]
