@@ -70,7 +70,8 @@ def check_classes(classes: Tensor, x: Tensor, C: int) -> None:
                          f"need int64 of ({len(x)}, K)")
     if classes.device != x.device:
         raise ValueError(f"classes: got a tensor on {classes.device}, x is on {x.device}")
-    known = classes.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    known = classes.device.type == "cpu" and not traced
     if known and classes.numel():
         low, high = classes.min().item(), classes.max().item()
         if low < 0 or high >= C:
