@@ -22,7 +22,7 @@ not change. Shared memory and registers start as garbage (all bits set: NaN).
 
 Not modelled: weak memory order (what one thread writes, all see at once; lanes of a warp never
 drift apart); the machine code that ptxas makes of PTX; registers, spills and time. Approximate
-instructions (ex2, lg2, div.full) give correctly rounded results; mma adds its products in float64
+instructions (ex2, div.full) give correctly rounded results; mma adds its products in float64
 and rounds once.
 """
 

@@ -74,7 +74,7 @@ def test_compiled_kernels_fit_and_use_the_tensor_cores(tmp_path):
 
 
 def test_times_table(monkeypatch):
-    """What a GPU runs, on a CPU, where everything takes 2 ms: bytes moved, share of the roofline."""
+    """What a GPU runs, on a CPU, where everything takes 2 ms: bytes moved, roofline."""
     timed = []
 
     def milliseconds(function):
