@@ -161,6 +161,7 @@ def test_a_channels_last_model_computes_the_same(head):
     assert model.patch_embed.proj.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.filterwarnings("ignore")  # of the tracer about sizes, which it keeps
 def test_a_traced_model_computes_the_same():
     """What ONNX's exporter without Dynamo exports."""
     class Localizer(torch.nn.Module):
