@@ -179,7 +179,7 @@ class VisionTransformer(nn.Module):
         The tokens come after the final norm. attention: "cls" gives M_l^c alone; "relation" M_l^c
         and M_l^r, at inference, A_l never held; "full" all three, by the lines above. depth_noise
         (B, L, 2): of stochastic depth in training, drawn here where None. Raises ValueError for
-        another size or attention, or for images that are not normalised.
+        another size or attention, or for images that are not floating point.
         """
         if images.shape[1:] != (3, *self.img_size):
             need = f"(B, 3, {self.img_size[0]}, {self.img_size[1]})"
@@ -452,7 +452,9 @@ class LCTR(VisionTransformer):
             class_maps = self.class_maps(tokens, scores)  # X_CDM (B, C, h, w)
             classes = torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
         else:
-            classes = predicted if classes is None else torch.where(classes < 0, predicted, classes)
+            if classes is None:
+                classes = predicted
+            classes = torch.where(classes == -1, predicted, classes)
             class_maps = self.class_maps(tokens, scores, classes)  # M_CDM (B, K, h, w)
         return Localization(logits, classes, class_maps, cls_map, relation_map)
 
@@ -513,7 +515,7 @@ def trace(model: LCTR, images: Tensor):
             yield "CDM", "1 - M~_*^c: reversed", "(B, h, w)", head.reverse(cls_map)
             yield "CDM", "X~_L: cues", "(B, D, h, w)", head.cues(features, cls_map)
         scores = head.scores(features, cls_map)
-        yield "CDM", "S_g: scores", "(B, G)", scores
+        yield "CDM" if isinstance(head, CDM) else "", "S_g: scores", "(B, G)", scores
         yield "Eq. 6", "W_g^e: kernels", "(G, C, D, k, k)", head.conv_kernels()
         class_maps = dynamic_conv2d(features, scores, head.conv_kernels(), head.bias)
         yield "Eq. 6", "X_CDM (X_SGR): class maps", "(B, C, h, w)", class_maps

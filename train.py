@@ -10,8 +10,8 @@ log.jsonl, last.pt, best.pt and the evaluation's metrics.json, predictions.jsonl
 after a pretraining phase also pretrained.pt, a backbone that --pretrained takes.
 
 Every random choice is a function of the seed and of what it is drawn for (phase, epoch, step,
-sample): neither --workers, --cache, a stop and --resume, nor the number of processes changes a
-result.
+sample): neither --workers, --cache, nor a stop and --resume changes a result; the number of
+processes and of micro-batches changes only how sums round.
 """
 
 import contextlib
@@ -116,8 +116,8 @@ def learning_rate(step: int, total: int, warmup: float, peak: float) -> float:
     """Of a step in 0 .. total-1: linear over `warmup` steps, then a cosine to peak / 100."""
     if step < warmup:
         return peak * (step + 1) / (math.floor(warmup) + 1)
-    passed = (step - warmup) / (total - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * passed)))
+    share = (step - warmup) / (total - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 def layer_of(name: str, depth: int) -> int:
@@ -139,11 +139,11 @@ def adamw(model: LCTR, weight_decay: float, layer_decay: float, frozen: int) -> 
         parameter.requires_grad_(not frozen or layer > frozen)
         if not parameter.requires_grad:
             continue
-        embedding = parameter.ndim < 2 or name in ("cls_token", "pos_embed")
+        undecayed = parameter.ndim < 2 or name in ("cls_token", "pos_embed")
         scale = layer_decay ** (depth + 1 - layer)
         if name.startswith(("cdm.score_", "cdm.conv.")):
             scale *= GATE_RATE
-        key = (0.0 if embedding else weight_decay, scale)
+        key = (0.0 if undecayed else weight_decay, scale)
         groups.setdefault(key, []).append(parameter)
     groups = [{"params": p, "weight_decay": d, "scale": s} for (d, s), p in groups.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=1e-8, fused=True)
@@ -165,13 +165,13 @@ def shares(items: np.ndarray | list, config: dict) -> list[np.ndarray]:
 
 def micro_batches(plan: Plan, first: int, config: dict) -> Iterator[list[tuple[int, int]]]:
     """Of each micro-batch of this process, after step `first`: its samples' (epoch, index)."""
-    passed = config["pretrain_epochs"] if plan.phase == "main" else 0  # views go on over phases
+    before = config["pretrain_epochs"] if plan.phase == "main" else 0  # views go on over phases
     key = config["seed"], PHASES.index(plan.phase)
     for epoch in range(first // plan.epoch_steps, math.ceil(plan.total / plan.epoch_steps)):
         batches = epoch_batches(plan.images, plan.batch_size, *key, epoch)
         for batch in batches[max(first - epoch * plan.epoch_steps, 0):]:
             for part in shares(batch, config):
-                yield [(passed + epoch, index) for index in part.tolist()]
+                yield [(before + epoch, index) for index in part.tolist()]
 
 
 # ---------------------------------------------------------------- what a step computes
@@ -251,7 +251,8 @@ def fit(model: LCTR, plan: Plan, train_set: data.Split, cache: data.Cache | None
     written = -math.inf
     clock = first, time.perf_counter()
     stop.in_steps = True
-    for step in progress(range(first + 1, plan.total + 1), phase, rank == 0, later, WARMUP):
+    for step in progress(range(first + 1, plan.total + 1), phase, show=rank == 0, later=later,
+                         warmup=WARMUP):
         epoch, done = divmod(step - 1, plan.epoch_steps)
         key = config["seed"], PHASES.index(phase), epoch
         lr = learning_rate(step - 1, plan.total, plan.warmup, plan.peak)

@@ -16,7 +16,7 @@ from helpers import (CUB_CLASSES, ROOT, WNIDS, block_picture, call, error_of, pi
 from support import common
 from support.pictures import views
 
-# pytest undoes the filter of support/pictures.py
+# pytest undoes the filter of support/pictures/decode.py
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 quick = settings(max_examples=60, deadline=None,
                  suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -163,6 +163,9 @@ def test_figures_of_readme_are_those_stored():
                 assert shown == cell(head["gt_known"][names[0]]), title
             elif title.startswith("Top-1"):
                 assert shown == cell(head["top1_cls"]), title
+    boxes = [STORED["birds"]["runs"][0]["baselines"], *2 * [STORED["photos"]["baselines"]]]
+    assert rows[-1][0].startswith("a centred box")
+    assert rows[-1][1:] == [f"{stored['centred_box']:.1f}" for stored in boxes]
 
 
 @pytest.mark.parametrize("name", ["birds", "photos", "photos_folder"])

@@ -86,7 +86,11 @@ def as_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """(..., 3, H, W) uint8 -> float32 by ImageNet's mean and standard deviation, on their device.
+
+    Raises ValueError for pixels of another dtype.
     """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images: got {images.dtype}, need torch.uint8 pixels in 0 .. 255")
     mean, std = statistics(images.device)
     return images.float().sub_(mean).div_(std)
 
