@@ -415,7 +415,8 @@ def read_checkpoint(path: str, flags: tuple[str, ...]) -> dict:
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}: need a checkpoint of train.py")
     if checkpoint["phase"] != "main":
-        raise ValueError(f"{path}: still in its pretraining phase: let train.py --resume finish it")
+        raise ValueError(f"{path}: of a pretraining phase: let train.py --resume finish the run, or "
+                         "give the file to --pretrained")
     state = find_state(checkpoint, path)
     check_config(config, checkpoint["classes"], state, path)
     return checkpoint | {"model": state, "classes": list(map(nfc, checkpoint["classes"]))}
