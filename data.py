@@ -345,16 +345,22 @@ def loader(dataset: Dataset, batches: Iterable[list], workers: int = 0) -> Itera
         # whose frames would keep the workers
         raise error.with_traceback(None)
     except (RuntimeError, OSError, MemoryError, KeyboardInterrupt) as error:
-        # they leave SIGTERM, by which Python ends them, to the run: a stuck one is waited for
-        for worker in set(multiprocessing.active_children()) - others:
-            with contextlib.suppress(RuntimeError):  # torch's, about its death
-                worker.kill()
-                worker.join()
+        end_workers(others)
         if not workers or isinstance(error, KeyboardInterrupt):
             raise
         raise RuntimeError(
             f"--workers: a process that loads images failed ({last_line(error)[:200]}): fewer "
             "need less memory, shared memory (/dev/shm) and open files; 0 needs none") from None
+
+
+def end_workers(others: set) -> None:
+    """Kills this process's children but `others`: those that load images leave SIGTERM, by which
+    Python ends its children, to the run, and a stuck one would be waited for.
+    """
+    for worker in set(multiprocessing.active_children()) - others:
+        with contextlib.suppress(RuntimeError):  # torch's, about its death
+            worker.kill()
+            worker.join()
 
 
 def _start_worker(_):

@@ -25,6 +25,7 @@ MaxBoxAcc and MaxBoxAccV2.
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -696,6 +697,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")  # as in train.py: TF32 where a GPU has it
     with contextlib.suppress(AttributeError):  # a name or class that the terminal cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
+    others = set(multiprocessing.active_children())
     try:
         return evaluate(flags)
     except BrokenPipeError:  # such as by | head: nobody reads on
@@ -705,6 +707,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         print(f"evaluate.py: error: {one_line(error, flags.out)}", file=sys.stderr)
         return 2 if isinstance(error, FlagError) else 1
+    finally:
+        data.end_workers(others)
     return 1
 
 

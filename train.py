@@ -17,6 +17,7 @@ processes and of micro-batches changes only how sums round.
 import contextlib
 import functools
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -535,6 +536,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     flags = parse_flags(argv)
     torch.set_float32_matmul_precision("high")  # TF32 where a GPU has it, as in evaluate.py
+    others = set(multiprocessing.active_children())
     with Stop() as stop:
         try:
             if "WORLD_SIZE" in os.environ:
@@ -551,6 +553,8 @@ def main(argv: list[str] | None = None) -> None:
         except (OSError, ValueError, FloatingPointError, RuntimeError, MemoryError) as error:
             print(f"train.py: error: {one_line(error, flags.out)}", file=sys.stderr)
             sys.exit(2 if isinstance(error, FlagError) else 1)
+        finally:
+            data.end_workers(others)
 
 
 if __name__ == "__main__":

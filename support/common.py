@@ -46,7 +46,10 @@ def one_line(error: BaseException, folder: str | Path) -> str:
         if file.name.endswith(".partial"):  # write_atomic's temporary file
             file = file.with_name(file.name[1:].removesuffix(".partial"))
         return f"{printable(file)}: {error.strerror or error}"
-    return printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    text = printable((str(error).strip() or type(error).__name__).splitlines()[0])
+    if text.startswith("DataLoader worker"):  # torch's word of one that died between two batches
+        text = f"--workers: {text} Fewer need less memory, 0 needs none"
+    return text
 
 
 def say(text: str) -> None:

@@ -279,7 +279,8 @@ def yolo_names(places: Iterable[Path]) -> dict[int, str]:
 
 def yaml_names(text: str) -> dict[int, str]:
     """The names: of YOLO's data.yaml, a list or number: name, in brackets or one a line."""
-    block = re.search(r"^names[ \t]*:(.*?)(?=^\w|\Z)", text, re.MULTILINE | re.DOTALL)
+    start = r"^['\"]?names['\"]?[ \t]*:"
+    block = re.search(start + r"(.*?)(?=^['\"\w]|\Z)", text, re.MULTILINE | re.DOTALL)
     if not block:
         return {}
     brackets = re.match(r"\s*[\[{](.*?)[\]}]", block[1], re.DOTALL)
