@@ -709,6 +709,22 @@ def test_a_loading_process_that_hangs_ends_the_run(
         assert "--workers" in fails(capsys, *flags)
 
 
+@pytest.mark.full
+def test_a_stopped_loading_process_does_not_outlive_the_run(tmp_path, own_pictures):
+    """The signal reaches the run within a step, where nobody waits for the process."""
+    out = tmp_path / "run"
+    process = spawn("train.py", *TINY, *on_pictures(own_pictures), "--epochs", 100_000, "--cache",
+                    "off", "--workers", 2, "--out", out)
+    while process.poll() is None and not (out / "last.pt").exists():
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGSTOP)
+    process.terminate()
+    _, errors = process.communicate(timeout=100)
+    assert children and process.returncode == 130 and "--resume goes on" in errors
+
+
 def test_loading_processes_without_shared_memory_or_files_end_the_run(
         tmp_path, own_pictures, monkeypatch, capsys):
     flags = [*TINY, *on_pictures(own_pictures), "--workers", 1, "--cache", "off", "--out",
