@@ -53,7 +53,4 @@ def dot_precision() -> str:
     """
     if torch.version.hip:
         return "ieee"
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
-    return "tf32" if matmul.allow_tf32 else "tf32x3"  # torch before 2.9
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
