@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, LayerScaleViT
@@ -32,31 +33,43 @@ def test_speed_prints_a_row_for_each_task(tmp_path, monkeypatch, capsys):
     assert "train, C=3, 1 x 32 px" in capsys.readouterr().out
 
 
-def test_seeds_averages_runs_and_pairs_both_heads(tmp_path, monkeypatch):
+def test_seeds_averages_runs_and_compares_their_maps(tmp_path, monkeypatch):
     runs = []
-    for head, seed, ious in (("cdm", 1, [0.9, 0.9, 0.9, 0.1]), ("cdm", 2, [0.9, 0.9, 0.1, 0.1]),
-                             ("conv", 1, [0.9, 0.1, 0.5, 0.1]), ("conv", 2, [0.9, 0.1, 0.1, 0.1])):
-        folder = tmp_path / f"{head}{seed}"
+    for seed, lctr, cdm in ((1, 90, 85), (2, 80, 81)):
+        folder = tmp_path / f"run{seed}"
         folder.mkdir()
-        known = 25 * sum(iou > 0.5 for iou in ious)
-        maps = {"gt_known": known, "top1_loc": known / 2, "gt_known_curve": [known, known + 5]}
-        metrics = {"threshold": 0.2, "top1_cls": 10 * seed, "baselines": {}}
-        metrics["couplings"] = {"relation": maps}
+        maps = {name: {"gt_known": known, "top1_loc": known / 2, "gt_known_curve": [known, 95]}
+                for name, known in (("relation", lctr), ("cls", cdm), ("relation-only", 70),
+                                    ("cls-only", 60))}
+        metrics = {"n": 4, "threshold": 0.2, "top1_cls": 10 * seed, "baselines": {},
+                   "couplings": maps}
         (folder / "metrics.json").write_text(json.dumps(metrics))
-        (folder / "config.json").write_text(json.dumps({"head": head, "seed": seed, "lr": 1.0}))
-        lines = [json.dumps({"iou": iou}) + "\n" for iou in ious]
-        (folder / "predictions.jsonl").write_text("".join(lines))
+        (folder / "config.json").write_text(json.dumps({"seed": seed, "lr": 1.0}))
         runs.append(folder)
     run(monkeypatch, "experiments/seeds.py", *runs, "--json", tmp_path / "out.json")
-    result = json.loads((tmp_path / "out.json").read_text())
-    known = result["heads"]["cdm"]["gt_known"]["relation"]
-    assert known["mean"] == 62.5 and known["std"] == pytest.approx(12.5 * 2**0.5)
-    assert result["heads"]["conv"]["best_gt_known"]["relation"]["mean"] == 30
-    gain = result["lctr_minus_tscam_rpam"]
-    assert gain["mean"] == 37.5 and gain["interval_95"][0] < 37.5 < gain["interval_95"][1]
-    (runs[3] / "config.json").write_text(json.dumps({"head": "conv", "seed": 2, "lr": 2.0}))
+    found = json.loads((tmp_path / "out.json").read_text())["summary"]
+    assert found["gt_known"]["relation"]["mean"] == 85
+    assert found["gt_known"]["relation"]["std"] == pytest.approx(50**0.5)
+    assert found["best_gt_known"]["cls"] == {"mean": 95, "std": 0}
+    assert found["gains"]["relation - cls"]["mean"] == 2
+    assert found["gains"]["relation - cls"]["above"] == 1
+    (runs[1] / "config.json").write_text(json.dumps({"seed": 2, "lr": 2.0}))
     with pytest.raises(SystemExit, match="--lr is 2.0, and 1.0 in"):
         run(monkeypatch, "experiments/seeds.py", *runs)
+
+
+def test_an_interval_holds_the_spread_over_seeds_and_over_images():
+    from record import difference
+
+    same, twice = np.ones((4, 500), bool), np.zeros((4, 500), bool)
+    twice[:2] = True
+    over_seeds = difference(same, twice)  # all images alike: gains of 0 0 100 100
+    assert over_seeds["mean"] == 50 and over_seeds["by_seed"] == [0, 0, 100, 100]
+    assert over_seeds["low"] == 0 and over_seeds["high"] == 100
+    over_images = difference(same, np.arange(500) % 2 == np.zeros((4, 1)))  # all seeds alike
+    assert over_images["mean"] == 50
+    # two standard errors of 500 coin flips
+    assert over_images["high"] - over_images["low"] == pytest.approx(4 * 50 / 500**0.5, rel=0.1)
 
 
 def test_gate_trains_both_heads_on_a_frozen_backbone(tmp_path, cub, monkeypatch):
@@ -71,7 +84,7 @@ def test_gate_trains_both_heads_on_a_frozen_backbone(tmp_path, cub, monkeypatch)
 
 @pytest.mark.full
 def test_study_trains_measures_and_skips_what_is_there(tmp_path, monkeypatch, capsys):
-    command = ["8", "--limit-test", "24", *TINY, "--seeds", "1", "--regime", "species", "--out",
+    command = ["8", "--limit-test", "24", *TINY, "--seeds", "1", "--regime", "head only, trained", "--out",
                tmp_path]
     run(monkeypatch, "experiments/study.py", *command)
     first = capsys.readouterr().out

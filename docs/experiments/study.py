@@ -4,17 +4,16 @@
     python docs/experiments/study.py 8 --seeds 5 --species 45  # birds that are harder to tell apart
     python docs/experiments/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
 
-Flags that are not the study's own go to every train.py run. The synthetic birds are studied in two
-regimes, which differ in the image labels of the pretraining alone: species and palette (the class
-token covers the bird), or species alone (it looks at the head, the partial activation that the
-paper is about). Each seed has its own pretraining, shared by all of its variants. A run is a folder
-below --out: what is in it is not trained or measured again.
+Flags that are not the study's own go to every train.py run. The synthetic birds are studied in four
+regimes of pretraining. With the palette as a second image label the class token covers the whole
+bird, without it it looks at the head only: the partial activation that the paper is about. Patch
+tokens are trained to classify, or not (--patch-loss). Each seed has its own pretraining, shared by
+all of its variants. A run is a folder below --out: what is in it is not trained or measured again.
 
 How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to
-.90 (0.2 where there is no val split); test boxes choose nothing. A difference is paired: over the
-same test images and the same seeds; its interval is the bootstrap's over test images, with the
-seeds' hits averaged first, and so does not hold the spread over seeds, which stands beside it as a
-standard deviation.
+.90 (0.2 where there is no val split); test boxes choose nothing, but for best_gt_known, which is at
+the best threshold on them: an oracle. A difference is paired, over the same seeds and test images;
+its 95 % interval resamples both.
 """
 
 import argparse
@@ -39,7 +38,7 @@ import data
 import evaluate
 import kernels
 from lctr import LCTR, load_checkpoint, mean_over_blocks
-from record import commit, machine
+from record import commit, difference, machine, spread
 from support.common import write_atomic, write_json, write_text
 
 # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
@@ -53,10 +52,13 @@ TABLES = {
     "erase": {"raw": (), "minmax": ("--erase", "minmax")},
     "pool": {"gap": (), "padded": ("--pool", "padded")},
 }
-REGIMES = {  # of the birds; other data have one, "as given"
-    "species + palette": (), "species": ("--no-palette-label",)}
+REGIMES = {  # of the birds' pretraining: what class attention covers, and what patch tokens learn
+    "whole bird, trained": (),
+    "whole bird, untrained": ("--patch-loss", "none"),
+    "head only, trained": ("--no-palette-label",),
+    "head only, untrained": ("--no-palette-label", "--patch-loss", "none"),
+}  # other data have one, "as given"
 THRESHOLDS = evaluate.THRESHOLDS[1:91]
-DRAWS = 10_000  # of the bootstrap
 
 
 # ---------------------------------------------------------------- one run
@@ -93,6 +95,7 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
     has = on_test.annotated
     top1 = (on_test.top5[:, 0] == on_test.label)[has]
     found, hits = {"top1_cls": 100 * float(top1.mean()), "couplings": {}}, {"top1_cls": top1}
+    oracle = evaluate.summarise(on_test, 0)["couplings"]
     for coupling in on_test.couplings:
         threshold = evaluate.DEFAULT_THRESHOLD
         if on_val:
@@ -101,7 +104,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         hit = on_test.iou[has, *on_test.at(coupling, threshold)] > evaluate.HIT
         hits |= {f"{coupling} gt_known": hit, f"{coupling} top1_loc": hit & top1}
         found["couplings"][coupling] = {"threshold": threshold, "gt_known": 100 * float(hit.mean()),
-                                        "top1_loc": 100 * float((hit & top1).mean())}
+                                        "top1_loc": 100 * float((hit & top1).mean()),
+                                        "best_gt_known": max(oracle[coupling]["gt_known_curve"])}
     found["causes"] = causes(model, test)
     write_atomic(folder / "measured.npz", lambda file: np.savez(file, **hits))
     write_json(folder / "measured.json", found)
@@ -260,22 +264,6 @@ class Runs:
 # ---------------------------------------------------------------- the report
 
 
-def spread(values: list[float]) -> dict:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": deviation}
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> dict:
-    """a - b in points, from hits (seeds, n): mean, 95 % bootstrap interval over images, seeds."""
-    by_image = 100 * (a.astype(float) - b).mean(0)  # (n,)
-    counts = np.random.default_rng(0).multinomial(
-        len(by_image), np.full(len(by_image), 1 / len(by_image)), DRAWS)
-    low, high = np.quantile(counts @ by_image / len(by_image), (0.025, 0.975))
-    by_seed = 100 * (a.astype(float) - b).mean(1)
-    return spread(by_seed.tolist()) | {"low": float(low), "high": float(high),
-                                       "by_seed": by_seed.round(2).tolist()}
-
-
 def tabulate(table: str, runs: Runs) -> dict:
     """One table of one regime: rows of figures, and the differences that its question asks for."""
     rows, pairs = TABLES[table], []
@@ -290,20 +278,25 @@ def tabulate(table: str, runs: Runs) -> dict:
                 label = f"{name}, {label}"
             result["rows"][label] = {"top1_cls": spread([f["top1_cls"] for f in figures])} | {
                 key: spread([f["couplings"][coupling][key] for f in figures])
-                for key in ("top1_loc", "gt_known", "threshold")}
+                for key in ("top1_loc", "gt_known", "best_gt_known", "threshold")}
+            known = [f["couplings"][coupling]["gt_known"] for f in figures]
+            result["rows"][label]["gt_known_by_seed"] = known
         result["causes"][name] = {key: spread([f["causes"][key] for f in figures])
                                   for key in figures[0]["causes"]}
     if table == "8":
         static, cdm = rows["static head"], rows["CDM"]
         tscam, tscam_rpam = (static, "cls gt_known"), (static, "relation gt_known")
         cdm_alone, lctr = (cdm, "cls gt_known"), (cdm, "relation gt_known")
+        cls_alone, relation_alone = ((cdm, f"{part}-only gt_known") for part in ("cls", "relation"))
         pairs = [
             ("RPAM with a static head (TS-CAM + RPAM - TS-CAM)", tscam_rpam, tscam),
             ("RPAM with the CDM (LCTR - CDM)", lctr, cdm_alone),
             ("the CDM without RPAM (CDM - TS-CAM)", cdm_alone, tscam),
             ("the CDM with RPAM (LCTR - TS-CAM + RPAM)", lctr, tscam_rpam),
             ("both (LCTR - TS-CAM)", lctr, tscam),
-            ("LCTR - its patch relation alone", lctr, (cdm, "relation-only gt_known")),
+            ("patch relation alone - class attention alone", relation_alone, cls_alone),
+            ("LCTR - its class attention alone", lctr, cls_alone),
+            ("LCTR - its patch relation alone", lctr, relation_alone),
             ("Top-1 Cls: CDM - static head", (cdm, "top1_cls"), (static, "top1_cls")),
             ("Top-1 Loc: LCTR - TS-CAM", (cdm, "relation top1_loc"), (static, "cls top1_loc")),
         ]
@@ -329,7 +322,7 @@ def markdown(title: str, result: dict) -> str:
              "| --- | ---: | ---: | ---: |"]
     lines += [f"| {name} | {figure(row['top1_cls'])} | {figure(row['top1_loc'])} | "
               f"{figure(row['gt_known'])} |" for name, row in result["rows"].items()]
-    lines += ["", "| difference, points | mean ± std over seeds | 95 % over images |",
+    lines += ["", "| difference, points | mean ± std over seeds | 95 % over seeds and images |",
               "| --- | ---: | ---: |"]
     lines += [f"| {name} | {'+' if value['mean'] >= 0 else ''}{figure(value)} | "
               f"{value['low']:+.1f} to {value['high']:+.1f} |"
@@ -342,6 +335,26 @@ def markdown(title: str, result: dict) -> str:
                  for causes in result["causes"].values()]
         lines.append(f"| `{key}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def what_rpam_needs(known: dict, extra: str) -> str:
+    """The four regimes side by side, once Table 8 of all of them is known."""
+    gains = ("RPAM with the CDM (LCTR - CDM)", "patch relation alone - class attention alone")
+    names = ("CDM, class attention alone", "CDM, patch relation alone", "CDM", "LCTR")
+    lines = ["| class attention sees, patch tokens | Top-1 Cls | M~c alone | M^r alone | CDM | LCTR "
+             "| LCTR - CDM | M^r - M~c alone |", "| --- |" + " ---: |" * 7]
+    for regime in REGIMES:
+        table = known.get(", ".join(filter(None, ("Table 8", regime, extra))))
+        if not table:
+            return ""
+        values = [table["rows"]["LCTR"]["top1_cls"]]
+        values += [table["rows"][name]["gt_known"] for name in names]
+        cells = [f"{value['mean']:.1f} ± {value['std'] or 0:.1f}" for value in values]
+        found = [table["differences"][gain] for gain in gains]
+        cells += [f"{gain['mean']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
+                  for gain in found]
+        lines.append(f"| {regime} | {' | '.join(cells)} |")
+    return "\n".join(["#### What RPAM needs", "", *lines, ""])
 
 
 def count(text: str) -> int:
@@ -384,8 +397,9 @@ def main(argv: list[str] | None = None) -> None:
                 known[title] = about | tabulate(table, Runs(flags.out, regime, flags.seeds))
                 print(f"\n{markdown(title, known[title])}")
         write_text(results, json.dumps(known, indent=1))
-        page = [f"{markdown(title, result)}\n\n    {result['command']}\n"
-                for title, result in known.items()]
+        page = [what_rpam_needs(known, " ".join(extra)),
+                *(f"{markdown(title, result)}\n\n    {result['command']}\n"
+                  for title, result in known.items())]
         write_text(results.with_suffix(".md"), "\n".join(page))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"study.py: error: {error}")
