@@ -8,7 +8,6 @@ seeds. docs/results/gate.json holds such a run, three minutes on a CPU core.
 """
 
 import argparse
-import datetime
 import itertools
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ import data
 import evaluate
 import train
 from lctr import LCTR, Localization, fuse, mean_over_blocks
-from record import commit, machine
+from record import about
 from support.boxes import to_input
 from support.common import progress, write_json
 from support.weights import read_weights
@@ -103,12 +102,12 @@ def main() -> None:
     sets = [data.load_dataset("cub", flags.root, split, flags.img_size, augment=False)
             for split in ("train", "test")]
     content = read_weights(flags.pretrained)
-    backbone, about = evaluate.backbone(flags.pretrained, content, flags.img_size)
+    backbone, found = evaluate.backbone(flags.pretrained, content, flags.img_size)
     train_images, test_images = (read(backbone, dataset) for dataset in sets)
     rows = []
     for rate, seed, head in itertools.product(RATES, SEEDS, ("conv", "cdm")):
         torch.manual_seed(seed)
-        model = LCTR(len(sets[0].classes), **about["config"] | {"head": head})
+        model = LCTR(len(sets[0].classes), **found["config"] | {"head": head})
         row = {"rate": rate, "seed": seed, "head": head, **fit(model, train_images, rate, seed),
                "test": test(model, test_images)}
         if head == "cdm":
@@ -116,9 +115,8 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     if flags.json:
-        about = {"command": "python docs/experiments/gate.py --root PHOTOS --pretrained VIT_S14.pth",
-                 "commit": commit(), "date": str(datetime.date.today()), "machine": machine()}
-        write_json(flags.json, about | {"rows": rows})
+        made = about("python docs/experiments/gate.py --root PHOTOS --pretrained VIT_S14.pth")
+        write_json(flags.json, made | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a measurement says of itself, its code and machine; means and intervals over seeds."""
 
+import datetime
 import os
 import platform
 import re
@@ -10,6 +11,14 @@ import numpy as np
 import torch
 
 DRAWS = 10_000  # of the bootstrap
+
+
+def about(command: str) -> dict:
+    """What a file of results says of its making."""
+    return {"command": command, "commit": commit(), "date": str(datetime.date.today()),
+            "machine": machine(), "versions": {
+                "python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__}}
 
 
 def commit() -> str:

@@ -9,14 +9,13 @@ docs/results/birds.json holds such figures.
 """
 
 import argparse
-import datetime
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from record import commit, machine, spread
+from record import about, spread
 from support.common import write_json
 
 FREE = ("seed", "out", "workers", "device", "cache", "eval_every", "checkpoint_every")
@@ -71,10 +70,9 @@ def main() -> None:
     for name, value in result["gains"].items():
         print(f"{name}: {value['mean']:+.2f}, above 0 in {value['above']} of {len(rows)}")
     if flags.json:
-        about = {"command": "python docs/experiments/seeds.py RUN RUN ...", "commit": commit(),
-                 "date": str(datetime.date.today()), "machine": machine(),
-                 "config": {name: value for name, value in first.items() if name != "root"}}
-        write_json(flags.json, about | {"summary": result, "runs": rows})
+        config = {name: value for name, value in first.items() if name != "root"}
+        write_json(flags.json, about("python docs/experiments/seeds.py RUN RUN ...")
+                   | {"config": config, "summary": result, "runs": rows})
 
 
 if __name__ == "__main__":

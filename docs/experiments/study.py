@@ -17,7 +17,6 @@ its 95 % interval resamples both.
 """
 
 import argparse
-import datetime
 import json
 import os
 import shlex
@@ -38,7 +37,7 @@ import data
 import evaluate
 import kernels
 from lctr import LCTR, load_checkpoint, mean_over_blocks
-from record import commit, difference, machine, spread
+from record import about, difference, spread
 from support.common import write_atomic, write_json, write_text
 
 # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
@@ -83,6 +82,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
     """Evaluates the run on the test split: measured.json, each image's hits in measured.npz."""
     model, checkpoint = load_checkpoint(folder / "last.pt")
     name, root = source
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
 
     def load(split: str):
         return data.load_dataset(name, root, split, checkpoint["config"]["img_size"], limit=limit,
@@ -90,8 +91,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
 
     test, on_val = load("test"), None
     if data.has_split(name, root, "val"):
-        on_val = evaluate.evaluate_model(model, load("val"))
-    on_test = evaluate.evaluate_model(model, test)
+        on_val = evaluate.evaluate_model(model, load("val"), device=device)
+    on_test = evaluate.evaluate_model(model, test, device=device)
     has = on_test.annotated
     top1 = (on_test.top5[:, 0] == on_test.label)[has]
     found, hits = {"top1_cls": 100 * float(top1.mean()), "couplings": {}}, {"top1_cls": top1}
@@ -106,7 +107,7 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         found["couplings"][coupling] = {"threshold": threshold, "gt_known": 100 * float(hit.mean()),
                                         "top1_loc": 100 * float((hit & top1).mean()),
                                         "best_gt_known": max(oracle[coupling]["gt_known_curve"])}
-    found["causes"] = causes(model, test)
+    found["causes"] = causes(model.cpu(), test)
     write_atomic(folder / "measured.npz", lambda file: np.savez(file, **hits))
     write_json(folder / "measured.json", found)
 
@@ -388,13 +389,13 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_all(flags, extra, regimes, tables)
         known = json.loads(results.read_text()) if results.exists() else {}
-        about = {"command": f"python docs/experiments/study.py {shlex.join(argv)}", "commit": commit(),
-                 "date": str(datetime.date.today()), "machine": machine(), "seeds": flags.seeds}
+        made = about(f"python docs/experiments/study.py {shlex.join(argv)}")
+        made["seeds"] = flags.seeds
         for regime in regimes:
             for table in tables:
                 name = f"Table {table}" if table.isdigit() else table
                 title = ", ".join(filter(None, (name, regime, " ".join(extra))))
-                known[title] = about | tabulate(table, Runs(flags.out, regime, flags.seeds))
+                known[title] = made | tabulate(table, Runs(flags.out, regime, flags.seeds))
                 print(f"\n{markdown(title, known[title])}")
         write_text(results, json.dumps(known, indent=1))
         page = [what_rpam_needs(known, " ".join(extra)),

@@ -7,7 +7,6 @@
 docs/kernels.md says why the rest changes nothing.
 """
 
-import datetime
 import functools
 import itertools
 import json
@@ -32,7 +31,7 @@ from kernel_properties import (
     AttentionCase, ConvCase, check_aggregate_attention, check_attention, check_class_maps,
     check_class_row, check_dynamic_conv2d, check_dynamic_conv_logits,
 )
-from record import commit, machine
+from record import about
 
 TABLE = ROOT / "docs/results/ptx_faults.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -154,9 +153,8 @@ def test_some_of_the_planted_faults_are_seen(name, dtype, sm):
 
 def main() -> None:
     found = [row for run in RUNS for row in rows(*run)]
-    about = {"command": "python tests/machine/test_ptx_faults.py", "commit": commit(),
-             "machine": machine(), "date": str(datetime.date.today())}
-    TABLE.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
+    made = about("python tests/machine/test_ptx_faults.py")
+    TABLE.write_text(json.dumps(made | {"rows": found}, indent=1) + "\n")
     for fault in (*FAULTS, ""):
         planted, seen = (sum(row[key] for row in found if row["fault"] == fault or not fault)
                          for key in ("planted", "seen"))
