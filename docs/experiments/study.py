@@ -396,12 +396,12 @@ def main(argv: list[str] | None = None) -> None:
                 name = f"Table {table}" if table.isdigit() else table
                 title = ", ".join(filter(None, (name, regime, " ".join(extra))))
                 known[title] = made | tabulate(table, Runs(flags.out, regime, flags.seeds))
-                print(f"\n{markdown(title, known[title])}")
         write_text(results, json.dumps(known, indent=1))
         page = [what_rpam_needs(known, " ".join(extra)),
                 *(f"{markdown(title, result)}\n\n    {result['command']}\n"
                   for title, result in known.items())]
         write_text(results.with_suffix(".md"), "\n".join(page))
+        print("\n".join(["", *page]))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"study.py: error: {error}")
 
