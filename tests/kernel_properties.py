@@ -54,12 +54,16 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def bound(size: Tensor, dtype: torch.dtype, roundings: int, length: float) -> Tensor:
-    """The bound above, plus what each summand can lose below the dtype's normal numbers."""
+    """The bound above, plus what each summand can lose below the dtype's normal numbers.
+
+    A GPU's exponential gives 0 where float32's result is below its normal numbers.
+    """
     relative = roundings * unit(dtype) + (length + 16) * unit(torch.float32)
     limits = torch.finfo(dtype)
     largest = max(1.0, size.max().item()) if size.numel() else 1.0
-    underflow = (length + roundings) * limits.smallest_normal * limits.eps * largest
-    return relative * size + underflow
+    underflow = (length + roundings) * limits.smallest_normal * limits.eps
+    flushed = length * torch.finfo(torch.float32).smallest_normal
+    return relative * size + (underflow + flushed) * largest
 
 
 def spread(exact: Tensor, squares: Tensor) -> Tensor:

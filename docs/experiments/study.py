@@ -107,7 +107,7 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         found["couplings"][coupling] = {"threshold": threshold, "gt_known": 100 * float(hit.mean()),
                                         "top1_loc": 100 * float((hit & top1).mean()),
                                         "best_gt_known": max(oracle[coupling]["gt_known_curve"])}
-    found["causes"] = causes(model.cpu(), test)
+    found["causes"] = causes(model, test)
     write_atomic(folder / "measured.npz", lambda file: np.savez(file, **hits))
     write_json(folder / "measured.json", found)
 
@@ -125,15 +125,17 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
     """
     right, ratios, labels, scores, parts = [], [], [], [], []
     batches = [list(range(i, min(i + 64, len(dataset)))) for i in range(0, len(dataset), 64)]
+    device = next(model.parameters()).device
     for batch in data.loader(dataset, batches):
-        found = model.localize(data.normalise(batch["image"]), "all")
-        inside, background = regions_of(model, batch)  # (B, h, w) each
+        images, label = data.normalise(batch["image"].to(device)), batch["label"].to(device)
+        found = model.localize(images, "all")
+        inside, background = (part.to(device) for part in regions_of(model, batch))  # (B, h, w)
         whole = inside.flatten(1).any(1) & background.flatten(1).any(1)  # (B,)
         regions = torch.stack([torch.ones_like(inside), inside, background], 1)
         regions = regions[whole].float()  # (B', 3, h, w)
         logits = torch.einsum("bchw,brhw->brc", found.class_maps[whole], regions)
         logits = logits / regions.sum((2, 3))[..., None]
-        right.append(logits.argmax(-1) == batch["label"][whole, None])  # (B', 3)
+        right.append(logits.argmax(-1) == label[whole, None])  # (B', 3)
         chosen = found.logits.argmax(1)[:, None, None, None]
         predicted = found.class_maps.take_along_dim(chosen, 1)[:, 0].relu()  # (B, h, w)
         maps = torch.stack([predicted, found.cls_map, found.relation_map], 1)[whole]
@@ -141,10 +143,10 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
         ratios.append((maps * inner).sum((2, 3)) / inner.sum((2, 3))
                       / ((maps * outer).sum((2, 3)) / outer.sum((2, 3))))  # (B', 3)
         if model.head_type == "cdm":
-            score, part = scores_of(model, data.normalise(batch["image"]))
+            score, part = scores_of(model, images)
             scores.append(score)
             parts.append(part)
-            labels.append(batch["label"])
+            labels.append(label)
     accuracy = 100 * torch.cat(right).float().mean(0)
     ratio = torch.cat(ratios).nanmedian(0).values
     result = dict(zip(("accuracy_all", "accuracy_object", "accuracy_background"),
@@ -177,7 +179,7 @@ def scores_of(model: LCTR, images: Tensor) -> tuple[Tensor, Tensor]:
     scores, features = model.classify(tokens, cls_map)[1], model.on_grid(tokens[:, 1:])
     parts = [kernels.dynamic_conv_logits(features, one.expand_as(scores).contiguous(),
                                          model.cdm.weight, None, model.cdm.pool)
-             for one in torch.eye(scores.shape[1])]
+             for one in torch.eye(scores.shape[1], device=scores.device)]
     return scores, torch.stack(parts, 1)
 
 
