@@ -78,7 +78,7 @@ def test_gate_trains_both_heads_on_a_frozen_backbone(tmp_path, cub, monkeypatch)
     run(monkeypatch, "experiments/gate.py", "--root", cub, "--img-size", "28", "--pretrained",
         tmp_path / "vit.pth", "--json", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert len(rows) == 3 * 3 * 2
+    assert len(rows) == 3 * 3 * 3
     assert all(0 <= row["test"]["relation"] <= 100 and row["loss"] > 0 for row in rows)
 
 

@@ -11,7 +11,7 @@ tokens are trained to classify, or not (--patch-loss). Each seed has its own pre
 all of its variants. A run is a folder below --out: what is in it is not trained or measured again.
 
 How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to
-.90 (0.2 where there is no val split); test boxes choose nothing, but for best_gt_known, which is at
+.90 (train.py's --threshold where there is no val split, 0.2 by default); test boxes choose nothing, but for best_gt_known, which is at
 the best threshold on them: an oracle. A difference is paired, over the same seeds and test images;
 its 95 % interval resamples both.
 """
@@ -89,8 +89,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         return data.load_dataset(name, root, split, checkpoint["config"]["img_size"], limit=limit,
                                  classes=checkpoint["classes"])
 
-    test, on_val = load("test"), None
-    if data.has_split(name, root, "val"):
+    test = load("test")
+    if checkpoint["config"]["threshold"] == "auto":
         on_val = evaluate.evaluate_model(model, load("val"), device=device)
     on_test = evaluate.evaluate_model(model, test, device=device)
     has = on_test.annotated
@@ -98,8 +98,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
     found, hits = {"top1_cls": 100 * float(top1.mean()), "couplings": {}}, {"top1_cls": top1}
     oracle = evaluate.summarise(on_test, 0)["couplings"]
     for coupling in on_test.couplings:
-        threshold = evaluate.DEFAULT_THRESHOLD
-        if on_val:
+        threshold = checkpoint["config"]["threshold"]
+        if threshold == "auto":
             curve = evaluate.summarise(on_val, 0)["couplings"][coupling]["gt_known_curve"]
             threshold = max(THRESHOLDS, key=lambda t: curve[evaluate.THRESHOLDS.index(t)])
         hit = on_test.iou[has, *on_test.at(coupling, threshold)] > evaluate.HIT
