@@ -89,24 +89,29 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         return data.load_dataset(name, root, split, checkpoint["config"]["img_size"], limit=limit,
                                  classes=checkpoint["classes"])
 
-    test = load("test")
-    if checkpoint["config"]["threshold"] == "auto":
+    chosen, test = checkpoint["config"]["threshold"], load("test")
+    on_test = evaluate.evaluate_model(model, test, device=device,
+                                      threshold=None if chosen == "auto" else chosen)
+    if chosen == "auto":
         on_val = evaluate.evaluate_model(model, load("val"), device=device)
-    on_test = evaluate.evaluate_model(model, test, device=device)
+        val_maps = evaluate.summarise(on_val, 0)["couplings"]
+
     has = on_test.annotated
     top1 = (on_test.top5[:, 0] == on_test.label)[has]
-    found, hits = {"top1_cls": 100 * float(top1.mean()), "couplings": {}}, {"top1_cls": top1}
-    oracle = evaluate.summarise(on_test, 0)["couplings"]
+    metrics = evaluate.summarise(on_test, 0)
+    found = {"top1_cls": metrics["top1_cls"], "baselines": metrics["baselines"], "couplings": {}}
+    hits = {"top1_cls": top1}
     for coupling in on_test.couplings:
-        threshold = checkpoint["config"]["threshold"]
-        if threshold == "auto":
-            curve = evaluate.summarise(on_val, 0)["couplings"][coupling]["gt_known_curve"]
+        threshold = chosen
+        if chosen == "auto":
+            curve = val_maps[coupling]["gt_known_curve"]
             threshold = max(THRESHOLDS, key=lambda t: curve[evaluate.THRESHOLDS.index(t)])
         hit = on_test.iou[has, *on_test.at(coupling, threshold)] > evaluate.HIT
         hits |= {f"{coupling} gt_known": hit, f"{coupling} top1_loc": hit & top1}
-        found["couplings"][coupling] = {"threshold": threshold, "gt_known": 100 * float(hit.mean()),
-                                        "top1_loc": 100 * float((hit & top1).mean()),
-                                        "best_gt_known": max(oracle[coupling]["gt_known_curve"])}
+        best = max(metrics["couplings"][coupling]["gt_known_curve"])
+        found["couplings"][coupling] = {
+            "threshold": threshold, "gt_known": 100 * float(hit.mean()),
+            "top1_loc": 100 * float((hit & top1).mean()), "best_gt_known": best}
     found["causes"] = causes(model, test)
     write_atomic(folder / "measured.npz", lambda file: np.savez(file, **hits))
     write_json(folder / "measured.json", found)
@@ -270,7 +275,8 @@ class Runs:
 def tabulate(table: str, runs: Runs) -> dict:
     """One table of one regime: rows of figures, and the differences that its question asks for."""
     rows, pairs = TABLES[table], []
-    result = {"rows": {}, "differences": {}, "causes": {}}
+    result = {"baselines": runs.figures(())[0]["baselines"], "rows": {}, "differences": {},
+              "causes": {}}
     for name, row in rows.items():
         figures = runs.figures(row)
         for coupling in figures[0]["couplings"] if table == "8" else ("relation",):
