@@ -151,42 +151,53 @@ def cell(value: dict) -> str:
     return f"{value['mean']:.1f} ± {value['std']:.1f}"
 
 
+PHOTOS = next(iter(STORED["photos"].values()))  # the first table is README's
+HEADS = {"cdm": ("CDM's class map", "CDM", "LCTR", "CDM, class attention alone",
+                 "CDM, patch relation alone"),
+         "conv": ("CAM", "TS-CAM", "TS-CAM + RPAM", "static head, class attention alone",
+                  "static head, patch relation alone")}
+COUPLINGS = "none", "cls", "relation", "cls-only", "relation-only"
+
+
 def test_figures_of_readme_are_those_stored():
-    columns = [STORED["birds"]["heads"]["cdm"], STORED["photos"]["heads"]["cdm"],
-               STORED["photos"]["heads"]["conv"]]
-    rows = table_rows(README, "map (`--coupling`)")
-    named = [re.findall(r"`([\w-]+)`", row[0]) for row in rows]
-    assert sum(named, []) == ["none", "cls", "relation", "cls-only", "relation-only"]
-    for names, (title, *cells) in zip(named, rows):
-        for shown, head in zip(cells, columns, strict=True):
-            if names:
-                assert shown == cell(head["gt_known"][names[0]]), title
-            elif title.startswith("Top-1"):
-                assert shown == cell(head["top1_cls"]), title
-    boxes = [STORED["birds"]["runs"][0]["baselines"], *2 * [STORED["photos"]["baselines"]]]
-    assert rows[-1][0].startswith("a centred box")
-    assert rows[-1][1:] == [f"{stored['centred_box']:.1f}" for stored in boxes]
+    *rows, top1, boxes = table_rows(README, "map (`--coupling`)")
+    birds = STORED["birds"]["summary"]
+    for i, (title, *cells) in enumerate(rows):
+        assert f"`{COUPLINGS[i]}`" in title
+        photos = [PHOTOS["rows"][HEADS[head][i]]["gt_known"] for head in ("cdm", "conv")]
+        assert cells == [cell(birds["gt_known"][COUPLINGS[i]]), *map(cell, photos)], title
+    photos = [PHOTOS["rows"][HEADS[head][0]]["top1_cls"] for head in ("cdm", "conv")]
+    assert top1 == ["Top-1 classification", cell(birds["top1_cls"]), *map(cell, photos)]
+    centred = [STORED["birds"]["runs"][0]["baselines"], PHOTOS["baselines"], PHOTOS["baselines"]]
+    assert boxes[1:] == [f"{stored['centred_box']:.1f}" for stored in centred]
 
 
-@pytest.mark.parametrize("name", ["birds", "photos", "photos_folder"])
-def test_figures_of_the_results_page_are_those_stored(name):
-    stored = STORED[name]
-    for title, *cells in table_rows(RESULTS, f"{name}: GT-known"):
-        head, coupling = re.findall(r"`([\w-]+)`", title)
-        runs = [run for run in stored["runs"] if run["head"] == head]
-        figures = stored["heads"][head]
-        seeds = " ".join(f"{run['gt_known'][coupling]:.1f}" for run in runs)
-        expected = [seeds, cell(figures["gt_known"][coupling]),
-                    cell(figures["top1_loc"][coupling]),
-                    cell(figures["best_gt_known"][coupling])]
-        assert cells == expected, title
+def test_figures_of_the_results_page_are_those_stored():
+    birds = STORED["birds"]
+    for title, *cells in table_rows(RESULTS, "birds: GT-known"):
+        coupling = re.search(r"`([\w-]+)`", title)[1]
+        runs = " ".join(f"{run['gt_known'][coupling]:.1f}" for run in birds["runs"])
+        figures = [birds["summary"][key][coupling]
+                   for key in ("gt_known", "top1_loc", "best_gt_known")]
+        assert cells == [runs, *map(cell, figures)], title
+
+    rows = table_rows(RESULTS, "photos: GT-known")
+    assert [row[0] for row in rows] == list(PHOTOS["rows"])
+    for title, *cells in rows:
+        stored = PHOTOS["rows"][title]
+        runs = stored["gt_known_by_seed"]
+        assert cells == [cell(stored["gt_known"]), f"{min(runs):.1f} to {max(runs):.1f}",
+                         cell(stored["best_gt_known"]), cell(stored["top1_loc"])], title
+
+    table = re.search(r"(\| class attention sees, patch tokens .*?)\n\n", RESULTS, re.DOTALL)[1]
+    assert table in (ROOT / "docs/results/study.md").read_text()
 
 
 def test_results_say_where_they_come_from():
     text = "".join(path.read_text() for path in DOCUMENTS)
     for name, content in STORED.items():
         assert f"{name}.json" in text, name
-        for run in content.values() if name == "study" else [content]:
+        for run in [content] if "command" in content else content.values():
             assert re.match(r"python (-m )?[\w./]+", run["command"])
             assert re.fullmatch(r"[0-9a-f]{7,40}", run["commit"])
             assert re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"]) and run["machine"]
