@@ -1,13 +1,12 @@
-"""What the CDM's scores do: heads alone, on a frozen backbone, at two learning rates.
+"""What the CDM's scores do: heads alone, on a frozen backbone.
 
     python docs/experiments/gate.py --root PHOTOS --pretrained vit_s14.pth [--json FILE]
 
 PHOTOS has CUB's layout. The backbone's tokens and maps are computed once; then each head trains
-on them for 240 steps of 32 images with train.py's optimizer and schedule, for two rates and three
-seeds. "standardised" is a CDM whose score layers read pools with the training batches' mean and
-variance taken out of each channel, and learn at the head's full rate: what an image's cues differ in
-is then all that its scores can follow. docs/results/gate.json holds such a run, 20 minutes on a CPU
-core.
+on them for 240 steps of 32 images with train.py's optimizer and schedule, with three seeds.
+"standardised" is a CDM whose score layers read pools with the batch's mean and variance taken out of
+each channel, and learn at the head's full rate: they see nothing but what images differ in.
+docs/results/gate.json holds such a run, 20 minutes on a CPU core.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from support.boxes import to_input
 from support.common import progress, write_json
 from support.weights import read_weights
 
-RATES, SEEDS, STEPS, BATCH = (3e-4, 1e-3), (0, 1, 2), 240, 32
+RATE, SEEDS, STEPS, BATCH = 1e-3, (0, 1, 2), 240, 32
 THRESHOLD = 0.1  # TS-CAM's on CUB
 COUPLINGS = ("none", "cls", "relation")
 
@@ -61,7 +60,7 @@ def standardise(model: LCTR) -> None:
         setattr(cdm, name, nn.Sequential(norm, layer))
 
 
-def fit(model: LCTR, images: dict, rate: float, seed: int, gate_rate: float) -> dict:
+def fit(model: LCTR, images: dict, seed: int, gate_rate: float) -> dict:
     """Trains the head; its loss over the last ten steps and the range of its mean score."""
     with mock.patch.object(train, "GATE_RATE", gate_rate):
         optimizer = train.adamw(model, train.PAPER["weight_decay"], 1.0, len(model.blocks))
@@ -72,7 +71,7 @@ def fit(model: LCTR, images: dict, rate: float, seed: int, gate_rate: float) -> 
     model.train()
     for step, batch in zip(range(STEPS), batches):
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, STEPS, STEPS / 10, rate) * group["scale"]
+            group["lr"] = train.learning_rate(step, STEPS, STEPS / 10, RATE) * group["scale"]
         logits, scores = model.classify(images["tokens"][batch], images["cls_map"][batch])
         loss = F.cross_entropy(logits, images["label"][batch])
         optimizer.zero_grad()
@@ -120,7 +119,7 @@ def main() -> None:
     backbone, found = evaluate.backbone(flags.pretrained, content, flags.img_size)
     train_images, test_images = (read(backbone, dataset) for dataset in sets)
     rows = []
-    for rate, seed, head in itertools.product(RATES, SEEDS, ("conv", "cdm", "standardised")):
+    for seed, head in itertools.product(SEEDS, ("conv", "cdm", "standardised")):
         torch.manual_seed(seed)
         kind = "conv" if head == "conv" else "cdm"
         model = LCTR(len(sets[0].classes), **found["config"] | {"head": kind})
@@ -128,8 +127,7 @@ def main() -> None:
         if head == "standardised":
             standardise(model)
             gate_rate = 1.0
-        row = {"rate": rate, "seed": seed, "head": head,
-               **fit(model, train_images, rate, seed, gate_rate),
+        row = {"seed": seed, "head": head, **fit(model, train_images, seed, gate_rate),
                "test": test(model, test_images)}
         if kind == "cdm":
             row["test_with_mean_scores"] = test(model, test_images, mean_scores=True)

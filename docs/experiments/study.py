@@ -1,7 +1,7 @@
 """The ablation study: the paper's Tables 5 to 8, and what the paper leaves open.
 
     python docs/experiments/study.py all --jobs 2  # synthetic birds
-    python docs/experiments/study.py 8 --seeds 5 --species 45  # birds that are harder to tell apart
+    python docs/experiments/study.py 5 6 7 --regime "head only, trained" --species 45
     python docs/experiments/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
 
 Flags that are not the study's own go to every train.py run. The synthetic birds are studied in four
@@ -374,7 +374,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                      epilog="All other flags go to train.py.")
     parser.error = lambda message: parser.exit(2, f"study.py: error: {message}\n")
-    parser.add_argument("table", choices=[*TABLES, "all"])
+    parser.add_argument("tables", nargs="+", choices=[*TABLES, "all"], metavar="table",
+                        help=f"{', '.join(TABLES)}, or all")
     parser.add_argument("--seeds", type=count, default=3,
                         help="runs of each row, seeds 0, 1, ... (default 3)")
     parser.add_argument("--jobs", type=count, default=1,
@@ -389,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
                         "in --out)")
     argv = sys.argv[1:] if argv is None else argv
     flags, extra = parser.parse_known_args(argv)
-    tables = list(TABLES) if flags.table == "all" else [flags.table]
+    tables = list(TABLES) if "all" in flags.tables else flags.tables
     regimes = REGIMES if flags.data == "synthetic" else {"as given": ()}
     if flags.regime and flags.data == "synthetic":
         regimes = {flags.regime: REGIMES[flags.regime]}
