@@ -1,5 +1,6 @@
 """docs/speed.py and docs/experiments/ run, each on a tiny size."""
 
+import collections
 import json
 import runpy
 import sys
@@ -95,6 +96,32 @@ def test_study_trains_measures_and_skips_what_is_there(tmp_path, monkeypatch, ca
     run(monkeypatch, "experiments/study.py", *command)
     assert capsys.readouterr().out == first
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("measured.*")}
+
+
+@pytest.mark.full
+def test_study_of_data_without_val_takes_the_threshold_of_the_flags(tmp_path, cub, monkeypatch):
+    run(monkeypatch, "experiments/study.py", "8", *TINY, "--seeds", "2", "--data", "cub", "--root",
+        cub, "--threshold", "0.125", "--out", tmp_path, "--results", tmp_path / "found.json")
+    (found,) = json.loads((tmp_path / "found.json").read_text()).values()
+    lctr = found["rows"]["LCTR"]
+    assert lctr["threshold"] == {"mean": 0.125, "std": 0}
+    assert lctr["best_gt_known"]["mean"] >= lctr["gt_known"]["mean"]
+    assert set(found["baselines"]) == {"whole_image", "centred_box"}
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_what_rpam_needs_is_told_once_all_regimes_are_known():
+    import study
+
+    value, gain = {"mean": 50.0, "std": 2.0}, {"mean": -3.0, "low": -5.0, "high": -1.0}
+    names = ("LCTR", "CDM", "CDM, class attention alone", "CDM, patch relation alone")
+    table = {"rows": {name: {"top1_cls": value, "gt_known": value} for name in names},
+             "differences": collections.defaultdict(lambda: gain)}
+    known = {f"Table 8, {regime}, --species 45": table for regime in study.REGIMES}
+    page = study.what_rpam_needs(known, "--species 45")
+    assert page.count("| 50.0 ± 2.0 | -3.0 (-5.0 to -1.0) |") == len(study.REGIMES)
+    known.popitem()
+    assert study.what_rpam_needs(known, "--species 45") == ""
 
 
 def test_photographs_keep_test_objects_and_wallpapers_apart(tmp_path, monkeypatch):

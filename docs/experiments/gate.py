@@ -4,8 +4,8 @@
 
 PHOTOS has CUB's layout. The backbone's tokens and maps are computed once; then each head trains
 on them for 240 steps of 32 images with train.py's optimizer and schedule, with three seeds.
-"standardised" is a CDM whose score layers read pools with the batch's mean and variance taken out of
-each channel, and learn at the head's full rate: they see nothing but what images differ in.
+"standardised" is a CDM whose score layers read pools with the batch's mean and variance taken out
+of each channel, and learn at the head's full rate: they see nothing but what images differ in.
 docs/results/gate.json holds such a run, 20 minutes on a CPU core.
 """
 

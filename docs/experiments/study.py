@@ -2,7 +2,7 @@
 
     python docs/experiments/study.py all --jobs 2  # synthetic birds
     python docs/experiments/study.py 5 6 7 --regime "head only, trained" --species 45
-    python docs/experiments/study.py 8 --seeds 3 --data cub --root CUB_200_2011 --pretrained deit_small
+    python docs/experiments/study.py 8 --data cub --root CUB_200_2011 --pretrained deit_small
 
 Flags that are not the study's own go to every train.py run. The synthetic birds are studied in four
 regimes of pretraining. With the palette as a second image label the class token covers the whole
@@ -11,9 +11,9 @@ tokens are trained to classify, or not (--patch-loss). Each seed has its own pre
 all of its variants. A run is a folder below --out: what is in it is not trained or measured again.
 
 How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to
-.90 (train.py's --threshold where there is no val split, 0.2 by default); test boxes choose nothing, but for best_gt_known, which is at
-the best threshold on them: an oracle. A difference is paired, over the same seeds and test images;
-its 95 % interval resamples both.
+.90 (train.py's --threshold where there is no val split, 0.2 by default). Test boxes choose nothing,
+but for best_gt_known, which is at the best threshold on them: an oracle. A difference is paired,
+over the same seeds and test images; its 95 % interval resamples both.
 """
 
 import argparse
@@ -153,7 +153,8 @@ def causes(model: LCTR, dataset) -> dict[str, float]:
             parts.append(part)
             labels.append(label)
     accuracy = 100 * torch.cat(right).float().mean(0)
-    ratio = torch.cat(ratios).nanmedian(0).values
+    nothing = torch.full((1, 3), torch.nan, device=device)  # boxes may fill every picture
+    ratio = torch.cat([*ratios, nothing]).nanmedian(0).values
     result = dict(zip(("accuracy_all", "accuracy_object", "accuracy_background"),
                       accuracy.tolist()))
     result |= dict(zip(("inside_class_map", "inside_cls_map", "inside_relation_map"),
@@ -350,8 +351,8 @@ def what_rpam_needs(known: dict, extra: str) -> str:
     """The four regimes side by side, once Table 8 of all of them is known."""
     gains = ("RPAM with the CDM (LCTR - CDM)", "patch relation alone - class attention alone")
     names = ("CDM, class attention alone", "CDM, patch relation alone", "CDM", "LCTR")
-    lines = ["| class attention sees, patch tokens | Top-1 Cls | M~c alone | M^r alone | CDM | LCTR "
-             "| LCTR - CDM | M^r - M~c alone |", "| --- |" + " ---: |" * 7]
+    lines = ["| class attention sees, patch tokens | Top-1 Cls | M~c alone | M^r alone | CDM | "
+             "LCTR | LCTR - CDM | M^r - M~c alone |", "| --- |" + " ---: |" * 7]
     for regime in REGIMES:
         table = known.get(", ".join(filter(None, ("Table 8", regime, extra))))
         if not table:
