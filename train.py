@@ -55,8 +55,8 @@ RECIPES = {
     # the pretraining stands for the paper's ImageNet: there the patch tokens learn to classify,
     # which the relation map, a mean of their attention, needs
     "synthetic": PAPER | dict(
-        species=36, arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3,
-        epochs=1, pretrain_epochs=9, patch_loss="each", batch_size=32, lr=1e-3, pretrain_lr=1e-3,
+        species=18, arch=None, img_size=64, patch_size=8, embed_dim=96, depth=4, num_heads=3,
+        epochs=1, pretrain_epochs=6, patch_loss="each", batch_size=32, lr=1e-3, pretrain_lr=1e-3,
         freeze_blocks=4, weight_decay=0.05, clip_grad=1.0, drop_path=0.0),
     "cub": PAPER,
     # few pictures: epochs by their number (folder_epochs), half of a pretrained backbone frozen
