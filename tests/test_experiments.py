@@ -38,8 +38,8 @@ def test_speed_prints_a_row_for_each_task(tmp_path, monkeypatch, capsys):
 
 def test_seeds_averages_runs_and_compares_their_maps(tmp_path, monkeypatch):
     runs = []
-    for seed, lctr, cdm in ((1, 90, 85), (2, 80, 81)):
-        folder = tmp_path / f"run{seed}"
+    for seed, lctr, cdm in ((1, 90, 85), (2, 80, 81), (2, 84, 81), (3, 82, 84)):
+        folder = tmp_path / f"run{len(runs)}"
         folder.mkdir()
         maps = {name: {"gt_known": known, "top1_loc": known / 2, "gt_known_curve": [known, 95]}
                 for name, known in (("relation", lctr), ("cls", cdm), ("relation-only", 70),
@@ -51,28 +51,33 @@ def test_seeds_averages_runs_and_compares_their_maps(tmp_path, monkeypatch):
         runs.append(folder)
     run(monkeypatch, "experiments/seeds.py", *runs, "--json", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())["summary"]
-    assert found["gt_known"]["relation"]["mean"] == 85
-    assert found["gt_known"]["relation"]["std"] == pytest.approx(50**0.5)
+    assert found["gt_known"]["relation"]["mean"] == 84
+    assert found["gt_known"]["relation"]["std"] == pytest.approx((56 / 3) ** 0.5)
     assert found["best_gt_known"]["cls"] == {"mean": 95, "std": 0}
-    assert found["gains"]["relation - cls"]["mean"] == 2
-    assert found["gains"]["relation - cls"]["above"] == 1
+    gain = found["gains"]["relation - cls"]  # 5 -1 3 -2 by run, 5 1 -2 by seed
+    assert gain["mean"] == pytest.approx(4 / 3) and gain["above"] == 2
+    error = 3.5119 / 3**0.5  # of three seeds
+    assert gain["high"] - gain["mean"] == pytest.approx(4.3027 * error, rel=0.01)
     (runs[1] / "config.json").write_text(json.dumps({"seed": 2, "lr": 2.0}))
     with pytest.raises(SystemExit, match="--lr is 2.0, and 1.0 in"):
         run(monkeypatch, "experiments/seeds.py", *runs)
+    with pytest.raises(SystemExit, match="metrics.json.*not a finished run"):
+        run(monkeypatch, "experiments/seeds.py", tmp_path)
 
 
-def test_an_interval_holds_the_spread_over_seeds_and_over_images():
-    from record import difference
+def test_an_interval_is_over_seeds_and_images():
+    from record import difference, interval
 
-    same, twice = np.ones((4, 500), bool), np.zeros((4, 500), bool)
-    twice[:2] = True
-    over_seeds = difference(same, twice)  # all images alike: gains of 0 0 100 100
-    assert over_seeds["mean"] == 50 and over_seeds["by_seed"] == [0, 0, 100, 100]
-    assert over_seeds["low"] == 0 and over_seeds["high"] == 100
-    over_images = difference(same, np.arange(500) % 2 == np.zeros((4, 1)))  # all seeds alike
-    assert over_images["mean"] == 50
-    # two standard errors of 500 coin flips
-    assert over_images["high"] - over_images["low"] == pytest.approx(4 * 50 / 500**0.5, rel=0.1)
+    assert interval(np.array([3.0])) == {"mean": 3, "low": None, "high": None}
+    ones = np.ones((4, 500), bool)
+    half = np.arange(4)[:, None] < np.full(500, 2)  # two seeds lose all images
+    over_seeds = difference(ones, ones & ~half)
+    assert over_seeds["mean"] == 50 and over_seeds["by_seed"] == [100, 100, 0, 0]
+    error = 57.735 / 4**0.5
+    assert over_seeds["high"] - 50 == pytest.approx(3.1824 * error, rel=0.01)
+    over_images = difference(ones, np.arange(500) % 2 == np.zeros((4, 1)))  # all seeds alike
+    assert over_images["mean"] == 50 and over_images["std"] == 0
+    assert over_images["high"] - 50 == pytest.approx(3.1824 * 50 / 500**0.5, rel=0.01)
 
 
 def test_gate_trains_both_heads_on_a_frozen_backbone(tmp_path, cub, monkeypatch):
@@ -81,7 +86,8 @@ def test_gate_trains_both_heads_on_a_frozen_backbone(tmp_path, cub, monkeypatch)
     run(monkeypatch, "experiments/gate.py", "--root", cub, "--img-size", "28", "--pretrained",
         tmp_path / "vit.pth", "--json", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert len(rows) == 3 * 3
+    assert [row["head"] for row in rows] == 3 * ["conv", "cdm", "standardised"]
+    assert all(row["loss"] != other["loss"] for row, other in zip(rows[1::3], rows[2::3]))
     assert all(0 <= row["test"]["relation"] <= 100 and row["loss"] > 0 for row in rows)
 
 
@@ -103,23 +109,27 @@ def test_study_of_data_without_val_takes_the_threshold_of_the_flags(tmp_path, cu
     run(monkeypatch, "experiments/study.py", "8", *TINY, "--seeds", "2", "--data", "cub", "--root",
         cub, "--threshold", "0.125", "--out", tmp_path, "--results", tmp_path / "found.json")
     (found,) = json.loads((tmp_path / "found.json").read_text()).values()
-    lctr = found["rows"]["LCTR"]
-    assert lctr["threshold"] == {"mean": 0.125, "std": 0}
-    assert lctr["best_gt_known"]["mean"] >= lctr["gt_known"]["mean"]
+    assert found["rows"]["LCTR"]["threshold"] == {"mean": 0.125, "std": 0}
     assert set(found["baselines"]) == {"whole_image", "centred_box"}
     assert found["versions"]["torch"] == torch.__version__
+    with pytest.raises(SystemExit, match="--threshold 0.125.*choose another --out"):
+        run(monkeypatch, "experiments/study.py", "8", *TINY, "--data", "cub", "--root", cub,
+            "--out", tmp_path)
 
 
 def test_what_rpam_needs_is_told_once_all_regimes_are_known():
     import study
 
-    value, gain = {"mean": 50.0, "std": 2.0}, {"mean": -3.0, "low": -5.0, "high": -1.0}
-    names = ("LCTR", "CDM", "CDM, class attention alone", "CDM, patch relation alone")
-    table = {"rows": {name: {"top1_cls": value, "gt_known": value} for name in names},
-             "differences": collections.defaultdict(lambda: gain)}
-    known = {f"Table 8, {regime}, --species 45": table for regime in study.REGIMES}
+    names = "CDM, class attention alone", "CDM, patch relation alone", "CDM", "LCTR"
+    rows = {name: {"top1_cls": {"mean": 90.0, "std": 1.0}, "gt_known": {"mean": i, "std": None}}
+            for i, name in enumerate(names)}
+    gains = {"RPAM with the CDM (LCTR - CDM)": {"mean": -3.0, "low": -5.0, "high": -1.0},
+             "patch relation alone - class attention alone": {"mean": 2, "low": None}}
+    known = {f"Table 8, {regime}, --species 45": {"rows": rows, "differences": gains}
+             for regime in study.REGIMES}
     page = study.what_rpam_needs(known, "--species 45")
-    assert page.count("| 50.0 ± 2.0 | -3.0 (-5.0 to -1.0) |") == len(study.REGIMES)
+    cells = "90.0 ± 1.0 | 0.0 | 1.0 | 2.0 | 3.0 | -3.0 (-5.0 to -1.0) | +2.0 (one seed) |"
+    assert [f"| {regime} | {cells}" in page for regime in study.REGIMES] == 4 * [True]
     known.popitem()
     assert study.what_rpam_needs(known, "--species 45") == ""
 

@@ -13,7 +13,6 @@ import argparse
 import itertools
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -62,8 +61,10 @@ def standardise(model: LCTR) -> None:
 
 def fit(model: LCTR, images: dict, seed: int, gate_rate: float) -> dict:
     """Trains the head; its loss over the last ten steps and the range of its mean score."""
-    with mock.patch.object(train, "GATE_RATE", gate_rate):
-        optimizer = train.adamw(model, train.PAPER["weight_decay"], 1.0, len(model.blocks))
+    optimizer = train.adamw(model, train.PAPER["weight_decay"], 1.0, len(model.blocks))
+    for group in optimizer.param_groups:
+        if group["scale"] == train.GATE_RATE:
+            group["scale"] = gate_rate
     count = len(images["label"])
     batches = itertools.chain.from_iterable(
         train.epoch_batches(count, min(BATCH, count), seed, epoch) for epoch in itertools.count())
@@ -113,10 +114,13 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=196)
     parser.add_argument("--json", metavar="FILE", help="where the rows go")
     flags = parser.parse_args()
-    sets = [data.load_dataset("cub", flags.root, split, flags.img_size, augment=False)
-            for split in ("train", "test")]
-    content = read_weights(flags.pretrained)
-    backbone, found = evaluate.backbone(flags.pretrained, content, flags.img_size)
+    try:
+        sets = [data.load_dataset("cub", flags.root, split, flags.img_size, augment=False)
+                for split in ("train", "test")]
+        content = read_weights(flags.pretrained)
+        backbone, found = evaluate.backbone(flags.pretrained, content, flags.img_size)
+    except (OSError, ValueError) as error:
+        sys.exit(f"gate.py: error: {error}")
     train_images, test_images = (read(backbone, dataset) for dataset in sets)
     rows = []
     for seed, head in itertools.product(SEEDS, ("conv", "cdm", "standardised")):
@@ -134,7 +138,7 @@ def main() -> None:
         rows.append(row)
         print(row, flush=True)
     if flags.json:
-        made = about("python docs/experiments/gate.py --root PHOTOS --pretrained VIT_S14.pth")
+        made = about("docs/experiments/gate.py", sys.argv[1:], gpu=False)
         write_json(flags.json, made | {"rows": rows})
 
 

@@ -66,6 +66,7 @@ def stamps(share: Path, name: str) -> list[Path]:
 
 
 def wallpapers(share: Path) -> list[Path]:
+    """The files of the backgrounds; of several sizes of one, that whose name sorts last."""
     plasma = [share / "wallpapers" / name / "contents/images" for name in PLASMA.split()]
     return ([share / f"backgrounds/mate/nature/{name}.jpg" for name in MATE.split()]
             + [max(folder.glob("*"), default=folder / "*") for folder in plasma])

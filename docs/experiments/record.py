@@ -1,22 +1,23 @@
 """What a measurement says of itself, its code and machine; means and intervals over seeds."""
 
 import datetime
+import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import torch
 
-DRAWS = 10_000  # of the bootstrap
 
-
-def about(command: str) -> dict:
-    """What a file of results says of its making."""
+def about(script: str, arguments: list[str], gpu: bool = True) -> dict:
+    """What a file of results says of its making; gpu: whether that takes a GPU where one is."""
+    command = f"python {script} {shlex.join(arguments)}".strip()
     return {"command": command, "commit": commit(), "date": str(datetime.date.today()),
-            "machine": machine(), "versions": {
+            "machine": machine(gpu), "versions": {
                 "python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__}}
 
@@ -28,14 +29,13 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def machine() -> str:
-    """The GPU, or the CPU and its cores."""
-    if torch.cuda.is_available():
+def machine(gpu: bool = True) -> str:
+    """The GPU, or the CPU and its number of cores."""
+    if gpu and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")  # Linux
     name = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    return f"{name[1] if name else platform.machine()}, {threads}"
+    return f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores"
 
 
 def spread(values: list[float]) -> dict:
@@ -44,14 +44,26 @@ def spread(values: list[float]) -> dict:
     return {"mean": float(np.mean(values)), "std": deviation}
 
 
+def interval(values: np.ndarray, variance: float = 0.0) -> dict:
+    """The mean of values, one a seed, and its 95 % interval: Student's t, None for one seed.
+
+    variance: the mean's, from what is not resampled with the seeds.
+    """
+    mean, count = float(np.mean(values)), len(values)
+    if count == 1:
+        return {"mean": mean, "low": None, "high": None}
+    draws = np.random.default_rng(0).standard_t(count - 1, 1_000_000)
+    error = math.sqrt(np.var(values, ddof=1) / count + variance)
+    half = float(np.quantile(draws, 0.975)) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def difference(a: np.ndarray, b: np.ndarray) -> dict:
     """a - b in points, from hits (seeds, n) of the same seeds and images.
 
-    The 95 % interval is a bootstrap's that resamples both.
+    The interval is over seeds and images, which are crossed: the variances of both means add up.
     """
-    gains, rng = 100 * (a.astype(float) - b), np.random.default_rng(0)
-    seeds, images = (rng.multinomial(n, np.full(n, 1 / n), DRAWS) / n for n in gains.shape)
-    low, high = np.quantile(((seeds @ gains) * images).sum(1), (0.025, 0.975))
-    by_seed = gains.mean(1)
-    return spread(by_seed.tolist()) | {"low": float(low), "high": float(high),
-                                       "by_seed": by_seed.round(2).tolist()}
+    gains = 100 * (a.astype(float) - b)
+    by_seed, by_image = gains.mean(1), gains.mean(0)
+    found = interval(by_seed, by_image.var(ddof=1) / len(by_image))
+    return found | {"std": spread(by_seed)["std"], "by_seed": by_seed.round(2).tolist()}

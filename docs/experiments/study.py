@@ -13,7 +13,7 @@ all of its variants. A run is a folder below --out: what is in it is not trained
 How a run is measured: the last weights; each coupling's threshold is the best on val from .01 to
 .90 (train.py's --threshold where there is no val split, 0.2 by default). Test boxes choose nothing,
 but for best_gt_known, which is at the best threshold on them: an oracle. A difference is paired,
-over the same seeds and test images; its 95 % interval resamples both.
+over the same seeds and test images; its 95 % interval is over both (record.difference).
 """
 
 import argparse
@@ -97,6 +97,8 @@ def measure(folder: Path, source: tuple, limit: int | None) -> None:
         val_maps = evaluate.summarise(on_val, 0)["couplings"]
 
     has = on_test.annotated
+    if not has.any():
+        raise ValueError(f"{name}: no test picture has a box, so nothing can be measured")
     top1 = (on_test.top5[:, 0] == on_test.label)[has]
     metrics = evaluate.summarise(on_test, 0)
     found = {"top1_cls": metrics["top1_cls"], "baselines": metrics["baselines"], "couplings": {}}
@@ -209,6 +211,7 @@ def causes_of_scores(scores: Tensor, parts: Tensor, labels: Tensor, bias: Tensor
 def run_all(flags: argparse.Namespace, extra: list[str], regimes: dict, tables: list[str]) -> None:
     """Trains and measures what is missing: each seed's pretraining, then its variants."""
     source = ["--data", flags.data, *(["--root", flags.root] if flags.root else []), *extra]
+    claim(flags.out, [*source, "--limit-test", str(flags.limit_test)])
     threads = max(1, (os.cpu_count() or 1) // flags.jobs)
     variants = dict.fromkeys(row for table in tables for row in TABLES[table].values())
     starts = [(seed, regime) for seed in range(flags.seeds) for regime in regimes]
@@ -246,6 +249,16 @@ def run_all(flags: argparse.Namespace, extra: list[str], regimes: dict, tables: 
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def claim(out: Path, flags: list[str]) -> None:
+    """Refuses a folder whose runs had other flags: they would pass for this command's."""
+    file = out / "flags.json"
+    if file.exists() and (known := json.loads(file.read_text())) != flags:
+        raise ValueError(f"{out}: its runs are of {shlex.join(known)}, not {shlex.join(flags)}: "
+                         "choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, flags)
 
 
 def run_folder(out: Path, regime: str, seed: int, row: tuple[str, ...]) -> Path:
@@ -322,20 +335,25 @@ def tabulate(table: str, runs: Runs) -> dict:
     return result
 
 
-def markdown(title: str, result: dict) -> str:
-    """The three tables of a result, as README shows them."""
-    def figure(value: dict) -> str:
-        deviation = f" ± {value['std']:.1f}" if value["std"] is not None else ""
-        return f"{value['mean']:.1f}{deviation}"
+def figure(value: dict) -> str:
+    deviation = f" ± {value['std']:.1f}" if value["std"] is not None else ""
+    return f"{value['mean']:.1f}{deviation}"
 
+
+def gain(value: dict) -> str:
+    bounds = "one seed" if value["low"] is None else f"{value['low']:+.1f} to {value['high']:+.1f}"
+    return f"{value['mean']:+.1f} ({bounds})"
+
+
+def markdown(title: str, result: dict) -> str:
+    """The three tables of a result."""
     lines = [f"#### {title}", "", "| row | Top-1 Cls | Top-1 Loc | GT-known |",
              "| --- | ---: | ---: | ---: |"]
     lines += [f"| {name} | {figure(row['top1_cls'])} | {figure(row['top1_loc'])} | "
               f"{figure(row['gt_known'])} |" for name, row in result["rows"].items()]
-    lines += ["", "| difference, points | mean ± std over seeds | 95 % over seeds and images |",
+    lines += ["", "| difference | points (95 % over seeds and images) | std over seeds |",
               "| --- | ---: | ---: |"]
-    lines += [f"| {name} | {'+' if value['mean'] >= 0 else ''}{figure(value)} | "
-              f"{value['low']:+.1f} to {value['high']:+.1f} |"
+    lines += [f"| {name} | {gain(value)} | {value['std'] or 0:.1f} |"
               for name, value in result["differences"].items()]
     names = list(result["causes"])
     lines += ["", f"| cause | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
@@ -359,10 +377,7 @@ def what_rpam_needs(known: dict, extra: str) -> str:
             return ""
         values = [table["rows"]["LCTR"]["top1_cls"]]
         values += [table["rows"][name]["gt_known"] for name in names]
-        cells = [f"{value['mean']:.1f} ± {value['std'] or 0:.1f}" for value in values]
-        found = [table["differences"][gain] for gain in gains]
-        cells += [f"{gain['mean']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})"
-                  for gain in found]
+        cells = [*map(figure, values), *(gain(table["differences"][name]) for name in gains)]
         lines.append(f"| {regime} | {' | '.join(cells)} |")
     return "\n".join(["#### What RPAM needs", "", *lines, ""])
 
@@ -399,8 +414,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_all(flags, extra, regimes, tables)
         known = json.loads(results.read_text()) if results.exists() else {}
-        made = about(f"python docs/experiments/study.py {shlex.join(argv)}")
-        made["seeds"] = flags.seeds
+        made = about("docs/experiments/study.py", argv) | {"seeds": flags.seeds}
         for regime in regimes:
             for table in tables:
                 name = f"Table {table}" if table.isdigit() else table

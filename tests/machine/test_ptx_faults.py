@@ -153,7 +153,7 @@ def test_some_of_the_planted_faults_are_seen(name, dtype, sm):
 
 def main() -> None:
     found = [row for run in RUNS for row in rows(*run)]
-    made = about("python tests/machine/test_ptx_faults.py")
+    made = about("tests/machine/test_ptx_faults.py", [])
     TABLE.write_text(json.dumps(made | {"rows": found}, indent=1) + "\n")
     for fault in (*FAULTS, ""):
         planted, seen = (sum(row[key] for row in found if row["fault"] == fault or not fault)
