@@ -123,11 +123,14 @@ def test_what_rpam_needs_is_told_once_all_regimes_are_known():
     names = "CDM, class attention alone", "CDM, patch relation alone", "CDM", "LCTR"
     rows = {name: {"top1_cls": {"mean": 90.0, "std": 1.0}, "gt_known": {"mean": i, "std": None}}
             for i, name in enumerate(names)}
-    gains = {"RPAM with the CDM (LCTR - CDM)": {"mean": -3.0, "low": -5.0, "high": -1.0},
-             "patch relation alone - class attention alone": {"mean": 2, "low": None}}
-    known = {f"Table 8, {regime}, --species 45": {"rows": rows, "differences": gains}
-             for regime in study.REGIMES}
+    known = {}
+    for regime, by_seed in zip(study.REGIMES, ([1, 3], [-9, -5], [3, 3], [0, 0])):
+        gains = {"RPAM with the CDM (LCTR - CDM)": {"mean": -3.0, "low": -5.0, "high": -1.0,
+                                                    "by_seed": by_seed},
+                 "patch relation alone - class attention alone": {"mean": 2, "low": None}}
+        known[f"Table 8, {regime}, --species 45"] = {"rows": rows, "differences": gains}
     page = study.what_rpam_needs(known, "--species 45")
+    assert "changes LCTR - CDM by +6.0 (-0.4 to +12.4) points" in page  # 6.5 and 5.5 by seed
     cells = "90.0 ± 1.0 | 0.0 | 1.0 | 2.0 | 3.0 | -3.0 (-5.0 to -1.0) | +2.0 (one seed) |"
     assert [f"| {regime} | {cells}" in page for regime in study.REGIMES] == 4 * [True]
     known.popitem()

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import study
 from helpers import ROOT, TINY, run_script, torchrun
 from PIL import Image
 
@@ -189,8 +190,21 @@ def test_figures_of_the_results_page_are_those_stored():
         assert cells == [cell(stored["gt_known"]), f"{min(runs):.1f} to {max(runs):.1f}",
                          cell(stored["best_gt_known"]), cell(stored["top1_loc"])], title
 
-    table = re.search(r"(\| class attention sees, patch tokens .*?)\n\n", RESULTS, re.DOTALL)[1]
-    assert table in (ROOT / "docs/results/study.md").read_text()
+    assert study.what_rpam_needs(STORED["study"], "").partition("\n\n")[2].strip() in RESULTS
+
+
+def test_intervals_of_the_findings_are_those_stored():
+    birds, photos = STORED["birds"]["summary"]["gains"], PHOTOS["differences"]
+    whole, head = (STORED["study"][f"Table 8, {regime}, trained"]["differences"]
+                   for regime in ("whole bird", "head only"))
+    rpam, both = "RPAM with the CDM (LCTR - CDM)", "the CDM with RPAM (LCTR - TS-CAM + RPAM)"
+    for gain in (whole[rpam], head[rpam], birds["relation - cls-only"], birds["relation - cls"],
+                 photos["patch relation alone - class attention alone"], photos[rpam],
+                 photos["RPAM with a static head (TS-CAM + RPAM - TS-CAM)"], whole[both],
+                 photos[both]):
+        mean, low, high = (f"{gain[key]:.1f}".replace("-", "−") for key in ("mean", "low", "high"))
+        words = " ".join(README.split())
+        assert re.search(rf"{mean} [^()]*\({low} to {high}\)", words), (mean, low, high)
 
 
 def test_results_say_where_they_come_from():

@@ -37,7 +37,7 @@ import data
 import evaluate
 import kernels
 from lctr import LCTR, load_checkpoint, mean_over_blocks
-from record import about, difference, spread
+from record import about, difference, interval, spread
 from support.common import write_atomic, write_json, write_text
 
 # table: {row: flags of train.py}; the row without flags is LCTR with the paper's choices
@@ -367,10 +367,12 @@ def markdown(title: str, result: dict) -> str:
 
 def what_rpam_needs(known: dict, extra: str) -> str:
     """The four regimes side by side, once Table 8 of all of them is known."""
-    gains = ("RPAM with the CDM (LCTR - CDM)", "patch relation alone - class attention alone")
+    rpam = "RPAM with the CDM (LCTR - CDM)"
+    gains = (rpam, "patch relation alone - class attention alone")
     names = ("CDM, class attention alone", "CDM, patch relation alone", "CDM", "LCTR")
     lines = ["| class attention sees, patch tokens | Top-1 Cls | M~c alone | M^r alone | CDM | "
              "LCTR | LCTR - CDM | M^r - M~c alone |", "| --- |" + " ---: |" * 7]
+    by_seed = []
     for regime in REGIMES:
         table = known.get(", ".join(filter(None, ("Table 8", regime, extra))))
         if not table:
@@ -379,6 +381,10 @@ def what_rpam_needs(known: dict, extra: str) -> str:
         values += [table["rows"][name]["gt_known"] for name in names]
         cells = [*map(figure, values), *(gain(table["differences"][name]) for name in gains)]
         lines.append(f"| {regime} | {' | '.join(cells)} |")
+        by_seed.append(table["differences"][rpam]["by_seed"])
+    trained, untrained = np.reshape(by_seed, (2, 2, -1)).mean(0)  # (seeds,) each
+    lines += ["", "Training the patch tokens changes LCTR - CDM by "
+              f"{gain(interval(trained - untrained))} points, over seeds."]
     return "\n".join(["#### What RPAM needs", "", *lines, ""])
 
 
