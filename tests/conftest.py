@@ -11,8 +11,9 @@ from PIL import Image
 os.environ["TRITON_INTERPRET"] = "1"
 # the scripts take a GPU where there is one: not here, but for test_kernels_gpu.py's own process
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
-# a shell's background job ignores Ctrl-C, and so would the scripts that it starts
+# a shell's background job ignores Ctrl-C, under nohup a hangup too; so would what it starts
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture
