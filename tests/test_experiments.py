@@ -182,7 +182,7 @@ def test_photographs_keep_test_objects_and_wallpapers_apart(tmp_path, monkeypatc
 
 
 def test_photographs_name_a_package_that_is_missing(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="Aqua.jpg: not there, nor are"):
+    with pytest.raises(SystemExit, match="Aqua.jpg: missing, one of"):
         run(monkeypatch, "experiments/photographs.py", "--debian", tmp_path, "--out",
             tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -141,8 +141,8 @@ def main() -> None:
     files = [*wallpapers(share), *(path for name in CLASSES for path in stamps(share, name))]
     missing = [path for path in files if not path.is_file()]
     if missing:
-        sys.exit(f"photographs.py: error: {missing[0]}: not there, nor are {len(missing) - 1} "
-                 "more: unpack the three packages in the folder of --debian")
+        sys.exit(f"photographs.py: error: {missing[0]}: missing, one of {len(missing)} files: "
+                 "unpack the three packages in the folder of --debian")
     try:
         write_set(share, flags.out)
     except OSError as error:
