@@ -204,7 +204,8 @@ def end_to_end(repeats: int) -> tuple[dict, list[dict]]:
     products = [seconds(lambda: matrix @ matrix) for _ in range(10)]
     rate = 2 * size**3 / statistics.median(products[1:])  # operations/s
     versions = f"torch {torch.__version__}, Pillow {PIL.__version__}"
-    about = {"machine": f"{machine()}, {torch.get_num_threads()} threads", "matmul": f"{dtype}, {rate / 1e12:.3g} TFLOP/s",
+    about = {"machine": f"{machine()}, {torch.get_num_threads()} threads",
+             "matmul": f"{dtype}, {rate / 1e12:.3g} TFLOP/s",
              "versions": f"Python {platform.python_version()}, {versions}"}
 
     rows = []

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import textwrap
-from pathlib import Path
 
 import pytest
 import study
@@ -202,7 +201,8 @@ def test_intervals_of_the_findings_are_those_stored():
                  photos["patch relation alone - class attention alone"], photos[rpam],
                  photos["RPAM with a static head (TS-CAM + RPAM - TS-CAM)"], whole[both],
                  photos[both]):
-        mean, low, high = (f"{gain[key]:.1f}".replace("-", "−") for key in ("mean", "low", "high"))
+        mean, low, high = (f"{gain[key]:.1f}".replace("-", "−")
+                           for key in ("mean", "low", "high"))
         words = " ".join(README.split())
         assert re.search(rf"{mean} [^()]*\({low} to {high}\)", words), (mean, low, high)
 

@@ -382,7 +382,8 @@ def what_rpam_needs(known: dict, extra: str) -> str:
         cells = [*map(figure, values), *(gain(table["differences"][name]) for name in gains)]
         lines.append(f"| {regime} | {' | '.join(cells)} |")
         by_seed.append(table["differences"][rpam]["by_seed"])
-    trained, untrained = np.reshape(by_seed, (2, 2, -1)).mean(0)  # (seeds,) each
+    seeds = min(map(len, by_seed))  # that all regimes have
+    trained, untrained = np.reshape([found[:seeds] for found in by_seed], (2, 2, -1)).mean(0)
     lines += ["", "Training the patch tokens changes LCTR - CDM by "
               f"{gain(interval(trained - untrained))} points, over seeds."]
     return "\n".join(["#### What RPAM needs", "", *lines, ""])
